@@ -1,0 +1,95 @@
+"""Frozen configurations. Each checks itself when it is made, so the rest of the code can trust it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import RequestError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen from the logits.
+
+    Order of application: penalties → temperature → top_k → top_p → min_p → draw.
+
+    temperature: 0 means argmax (ties go to the lowest id). top_k: keep the k best; 0 means all. top_p: keep the smallest set
+    of best tokens whose probability reaches top_p. min_p: drop tokens below min_p × the best probability.
+    repetition_penalty (CTRL, Keskar et al. 2019): divides positive and multiplies negative logits of tokens seen in the
+    prompt or the output. presence_penalty and frequency_penalty (OpenAI API): subtracted once, and once per occurrence,
+    for tokens seen in the output. seed: draws depend on (seed, position, token id) alone.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}")
+
+        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a number ≥ 0")
+        require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)")
+        require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
+        require(0 <= self.min_p < 1, "min_p", "in [0, 1)")
+        require(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "> 0")
+        require(math.isfinite(self.presence_penalty), "presence_penalty", "finite")
+        require(math.isfinite(self.frequency_penalty), "frequency_penalty", "finite")
+        require(0 <= self.seed < 2**64, "seed", "in 0 … 2**64−1")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+@dataclass(frozen=True)
+class KvCacheConfig:
+    """Shape of a paged KV cache.
+
+    One page holds K and V of `page_size` tokens in every layer: [num_layers, 2, num_kv_heads, page_size, head_dim],
+    contiguous, so that moving a page is one copy.
+    """
+
+    num_pages: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int = 16
+    dtype: str = "f16"
+
+    def __post_init__(self) -> None:
+        for name in ("num_pages", "num_layers", "num_kv_heads", "head_dim", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.dtype not in ("f32", "f16", "bf16"):
+            raise ValueError(f"KV dtype must be f32, f16 or bf16, got {self.dtype!r}")
+
+    @property
+    def page_nbytes(self) -> int:
+        itemsize = 4 if self.dtype == "f32" else 2
+        return self.num_layers * 2 * self.num_kv_heads * self.page_size * self.head_dim * itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_pages * self.page_nbytes
+
+
+@dataclass(frozen=True)
+class SwapConfig:
+    """When KV pages move to host memory and how much of it they may take."""
+
+    enable_swap: bool = True
+    cpu_reserve_mb: int = 512
+    swap_threshold: float = 0.85
+    granularity_pages: int = 4

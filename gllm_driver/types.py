@@ -1,0 +1,169 @@
+"""Values every layer shares: element types, tensors, handles, batches. No numba, no CUDA, no file formats here."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DType:
+    """How elements lie in memory: `block_nbytes` bytes hold `block_size` consecutive elements of a row.
+
+    `code` is what kernels see; it is part of the kernel ABI, so a code is never reused.
+    """
+
+    name: str
+    code: int
+    block_size: int
+    block_nbytes: int
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.block_size > 1
+
+    def row_nbytes(self, num_elements: int) -> int:
+        """Bytes of a row of `num_elements`; a row must hold whole blocks."""
+        blocks, rest = divmod(num_elements, self.block_size)
+        if rest:
+            raise ValueError(f"{num_elements} elements are not a whole number of {self.name} blocks of {self.block_size}")
+        return blocks * self.block_nbytes
+
+    def __repr__(self) -> str:
+        return f"DType({self.name})"
+
+
+F32 = DType("f32", 0, 1, 4)
+F16 = DType("f16", 1, 1, 2)
+BF16 = DType("bf16", 2, 1, 2)
+I32 = DType("i32", 3, 1, 4)
+I64 = DType("i64", 4, 1, 8)
+U8 = DType("u8", 5, 1, 1)
+Q8_0 = DType("q8_0", 8, 32, 34)
+Q4_0 = DType("q4_0", 9, 32, 18)
+
+DTYPES: dict[str, DType] = {d.name: d for d in (F32, F16, BF16, I32, I64, U8, Q8_0, Q4_0)}
+FLOAT_DTYPES = ("f32", "f16", "bf16")
+WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A dense row-major array on some device: an address, a shape in elements, an element type.
+
+    `owner` keeps the memory alive (a numpy array, a file mapping, a device allocation) and is never looked into.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: DType
+    owner: Any = field(repr=False, compare=False, default=None)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows: the product of all axes but the last."""
+        rows = 1
+        for n in self.shape[:-1]:
+            rows *= n
+        return rows
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.dtype.row_nbytes(self.shape[-1]) if self.shape else self.dtype.block_nbytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_rows * self.row_nbytes
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray, dtype: DType | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A host tensor over `array` (C-contiguous, not copied).
+
+        Without `dtype` the array's own type is used (ml_dtypes.bfloat16 is bf16). Packed types (q8_0 …) come as bytes:
+        give `dtype`, and `shape` in elements.
+        """
+        if not array.flags.c_contiguous:
+            raise ValueError(f"tensor memory must be contiguous, got strides {array.strides} for shape {array.shape}")
+        dtype = dtype or DTYPES[_NUMPY_NAMES[array.dtype.name]]
+        tensor = cls(array.ctypes.data, array.shape if shape is None else shape, dtype, array)
+        if tensor.nbytes != array.nbytes:
+            raise ValueError(f"{tensor.shape} of {dtype.name} needs {tensor.nbytes} bytes, got {array.nbytes}")
+        return tensor
+
+
+_NUMPY_NAMES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+}
+
+
+class PageState(enum.Enum):
+    """Where a KV page is and whether it may leave the device (docs/architecture.md, "KV pages")."""
+
+    ACTIVE = "active"
+    STANDBY = "standby"
+    SWAPPED = "swapped"
+    WARM = "warm"
+    PROTECTED = "protected"
+
+
+@dataclass(frozen=True)
+class PageMetadata:
+    """What the backend knows about one KV page."""
+
+    page_id: int
+    sequence_id: int | None
+    state: PageState
+
+
+@dataclass(frozen=True)
+class AttentionTopology:
+    """Which earlier tokens a token sees. Only the causal chain exists today; trees come with speculative decoding."""
+
+    kind: str = "linear"
+
+    @classmethod
+    def linear(cls) -> AttentionTopology:
+        """Each token sees all tokens before it."""
+        return cls("linear")
+
+
+@dataclass(frozen=True)
+class SequenceInput:
+    """New tokens of one sequence, the first of them at `position` (0-based) of that sequence."""
+
+    tokens: Sequence[int]
+    position: int
+    sequence_id: int = 0
+
+
+@dataclass(frozen=True)
+class BatchInput:
+    """Sequences that take part in one forward pass; lengths and positions may all differ."""
+
+    sequences: Sequence[SequenceInput]
+    topology: AttentionTopology = field(default_factory=AttentionTopology.linear)
+
+
+@dataclass(frozen=True)
+class LogitsTensor:
+    """A handle to one sequence's next-token logits, f32 [vocab_size], which stay on the device."""
+
+    row: Tensor
+    generation: int  # the forward pass that wrote it; a later pass overwrites it
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that crossed the bus between host and device so far. The CPU backend has no bus: both stay 0."""
+
+    h2d_bytes: int = 0
+    d2h_bytes: int = 0
