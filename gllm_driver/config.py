@@ -14,8 +14,8 @@ class SamplingConfig:
 
     Order of application: penalties → temperature → top_k → top_p → min_p → draw.
 
-    temperature: 0 means argmax (ties go to the lowest id). top_k: keep the k best; 0 means all. top_p: keep the smallest set
-    of best tokens whose probability reaches top_p. min_p: drop tokens below min_p × the best probability.
+    temperature: 0 means argmax (ties go to the lowest id). top_k: keep the k best; 0 means all. top_p: keep the
+    smallest set of best tokens whose probability reaches top_p. min_p: drop tokens below min_p × the best probability.
     repetition_penalty (CTRL, Keskar et al. 2019): divides positive and multiplies negative logits of tokens seen in the
     prompt or the output. presence_penalty and frequency_penalty (OpenAI API): subtracted once, and once per occurrence,
     for tokens seen in the output. seed: draws depend on (seed, position, token id) alone.

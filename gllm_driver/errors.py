@@ -58,7 +58,7 @@ class BackendError(GllmError):
     """A device cannot be used, or failed while it was used."""
 
 
-class BackendUnavailable(BackendError):
+class BackendUnavailableError(BackendError):
     """The device asked for cannot be used here; `reason` says why in one phrase."""
 
     def __init__(self, device: str, reason: str) -> None:

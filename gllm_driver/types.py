@@ -30,7 +30,7 @@ class DType:
         """Bytes of a row of `num_elements`; a row must hold whole blocks."""
         blocks, rest = divmod(num_elements, self.block_size)
         if rest:
-            raise ValueError(f"{num_elements} elements are not a whole number of {self.name} blocks of {self.block_size}")
+            raise ValueError(f"{num_elements} elements are no whole number of {self.name} blocks of {self.block_size}")
         return blocks * self.block_nbytes
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is, in numbers. One `Arch` is everything the forward pass needs to know of a model."""
+"""What a decoder-only transformer is, in numbers: one `Arch` is all the forward pass needs to know of a model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Activation = Literal["silu", "gelu_tanh"]
 class RopeScaling:
     """How rotary frequencies are stretched for long contexts.
 
-    kind: "none"; "linear" (Chen et al. 2023: positions divided by factor); "llama3" (Llama 3.1: low frequencies divided by
-    factor, a smooth band between); "yarn" (Peng et al. 2023); "ntk" (base raised so that the lowest frequency is divided by
-    factor); "factors" (one divisor per frequency, given in the model file as tensor slot `rope_factors`).
+    kind: "none"; "linear" (Chen et al. 2023: positions divided by factor); "llama3" (Llama 3.1: low frequencies divided
+    by factor, a smooth band between); "yarn" (Peng et al. 2023); "ntk" (base raised so that the lowest frequency is
+    divided by factor); "factors" (one divisor per frequency, read from the model file into slot `rope_factors`).
     """
 
     kind: Literal["none", "linear", "llama3", "yarn", "ntk", "factors"] = "none"
@@ -70,8 +70,8 @@ class Arch:
 def tensor_slots(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Every tensor the forward pass reads, by slot name, with its shape [out, in] in elements.
 
-    Slots: `embed`, `final_norm`, `lm_head` (absent when tied) and, per layer i, `layers.{i}.` + attn_norm, q, k, v, q_bias,
-    k_bias, v_bias, q_norm, k_norm, o, o_bias, ffn_norm, gate, up, down, gate_bias, up_bias, down_bias.
+    Slots: `embed`, `final_norm`, `lm_head` (absent when tied) and, per layer i, `layers.{i}.` + attn_norm, q, k, v,
+    q_bias, k_bias, v_bias, q_norm, k_norm, o, o_bias, ffn_norm, gate, up, down, gate_bias, up_bias, down_bias.
     """
     d, ff = arch.hidden_size, arch.intermediate_size
     slots: dict[str, tuple[int, ...]] = {"embed": (arch.vocab_size, d), "final_norm": (d,)}
