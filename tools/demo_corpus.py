@@ -166,8 +166,8 @@ def pack(corpus: Corpus, path: Path) -> None:
     """Write a corpus as xz-compressed JSON lines: {"source"}, then the documents and the dialogues, one a line."""
     with lzma.open(path, "wt", encoding="utf-8", preset=9) as file:
         file.write(json.dumps({"source": corpus.source}) + "\n")
-        for item in (*corpus.documents, *corpus.dialogues):
-            file.write(json.dumps(item._asdict()) + "\n")
+        for items in (corpus.documents, corpus.dialogues):
+            file.writelines(json.dumps(item._asdict()) + "\n" for item in items)
 
 
 def unpack(path: Path) -> Corpus:
@@ -205,7 +205,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[int]:
     """Token ids of all documents, each one closed by <|endoftext|>; special tokens in the text stay text."""
     tokenizer.encode_special_tokens = True
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = SPECIAL_TOKENS.index(END_OF_TEXT)  # as train_tokenizer places them
     ids: list[int] = []
     for encoding in tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False):
         ids += encoding.ids
@@ -216,7 +216,7 @@ def encode(tokenizer: Tokenizer, documents: list[Document]) -> list[int]:
 
 def encode_dialogues(tokenizer: Tokenizer, dialogues: tuple[Dialogue, ...]) -> list[int]:
     """Token ids of the dialogues in the form of CHAT_TEMPLATE, each one closed by <|endoftext|>."""
-    end, im_start, im_end = range(len(SPECIAL_TOKENS))  # as train_tokenizer places them
+    end, im_start, im_end = range(len(SPECIAL_TOKENS))
     tokenizer.encode_special_tokens = True
     requests = tokenizer.encode_batch([f"user\n{d.request}" for d in dialogues], add_special_tokens=False)
     answers = tokenizer.encode_batch([f"assistant\n{d.answer}" for d in dialogues], add_special_tokens=False)

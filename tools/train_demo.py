@@ -14,6 +14,7 @@ import csv
 import json
 import math
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def train(args: argparse.Namespace, corpus: demo_corpus.Corpus) -> None:
 
     try:
         step(0.0, loss_of)  # compiles; at rate zero it moves nothing but the optimizers' averages
-    except RuntimeError as error:
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:  # also a missing or failing C compiler
         if not args.compile:
             raise
         print(f"torch.compile does not work here, training without it: {error}", file=sys.stderr, flush=True)
