@@ -85,6 +85,8 @@ MISREADINGS = [
     ("qwen2_windows", _with("use_sliding_window", False)),
     ("qwen2_windows", _with("max_window_layers", 0)),
     ("qwen2_windows", _with("sliding_window", 13)),
+    ("qwen3_layer_types", _with("layer_types", ["full_attention"] * 3)),
+    ("qwen3_layer_types", _with("layer_types", ["sliding_attention"] * 3)),
     ("mistral_window", _with("sliding_window", None)),
     ("mistral_window", _with("sliding_window", 17)),
     ("mistral_window", _with("sliding_window", 15)),

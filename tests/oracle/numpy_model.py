@@ -71,9 +71,11 @@ def window(config: Config, layer: int) -> int | None:
     """Tokens a token sees in this layer, itself included; None: all before it."""
     if config["model_type"] == "mistral":
         return config["sliding_window"]
-    if config.get("use_sliding_window") and layer >= config["max_window_layers"]:
-        return config["sliding_window"]
-    return None
+    if not config.get("use_sliding_window"):
+        return None
+    if "layer_types" in config:
+        return config["sliding_window"] if config["layer_types"][layer] == "sliding_attention" else None
+    return config["sliding_window"] if layer >= config["max_window_layers"] else None
 
 
 def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

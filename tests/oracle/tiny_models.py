@@ -168,6 +168,22 @@ ROWS: tuple[Row, ...] = (
         dtype="bf16",
         extra={"head_dim": 32, "tie_word_embeddings": True},
     ),
+    Row(
+        "qwen3_layer_types",
+        "qwen3",
+        108,
+        (256, 64, 160, 3, 4, 2),
+        {"rope_type": "default", "rope_theta": 10000.0},
+        convention="nested",
+        extra={
+            "head_dim": 24,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        gguf=False,
+        llama_cpp=False,
+    ),
     Row("qwen3_flat", "qwen3", 196, (256, 96, 160, 2, 6, 3), {"rope_theta": 1000000.0}, extra={"head_dim": 32}),
     Row(
         "mistral_window",
