@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Golden:
 
 
 def save(goldens: dict[str, Golden], path: Path = PATH) -> None:
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, golden in goldens.items():
         arrays[f"{name}/fingerprint"] = np.array(golden.fingerprint)
         arrays[f"{name}/greedy"] = np.array(golden.greedy, dtype=np.int32)

@@ -19,9 +19,11 @@ def load(directory: Path, dtype: str) -> Any:
     """The model with every tensor of the file used and none made up; attention in plain steps ("eager")."""
     if int(transformers.__version__.split(".")[0]) < 5:
         raise RuntimeError(f"nested rope_parameters need transformers 5 or later, got {transformers.__version__}")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+    # The pair that output_loading_info asks for is not in the annotations of transformers.
+    pair: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=TORCH_DTYPES[dtype], attn_implementation="eager", output_loading_info=True
     )
+    model, report = pair
     problems = {key: value for key, value in report.items() if value}
     if problems:
         raise RuntimeError(f"{directory}: transformers did not load the file as it is: {problems}")

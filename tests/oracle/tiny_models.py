@@ -364,7 +364,7 @@ def build(row: Row, directory: Path) -> Path:
     if row.num_shards == 1:
         write_safetensors(directory / "model.safetensors", tensors, row.dtype)
         return directory
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(row.num_shards):
         file_name = f"model-{shard + 1:05d}-of-{row.num_shards:05d}.safetensors"
         # Round robin, so a layer's tensors lie in different files.
