@@ -127,6 +127,15 @@ def test_check_close_fails_on_nan_and_on_a_single_wrong_logit() -> None:
 # ---- the engine
 
 
+def _check_f32(row: tiny_models.Row, logits: np.ndarray, greedy: list[int]) -> None:
+    """transformers' logits at the golden's positions, the float64 model's at every position, and the same tokens."""
+    golden = goldens.load(row)
+    goldens.check_close(logits[POSITIONS], golden.logits, F32_BOUND, row.name)
+    exact = numpy_model.logits(tiny_models.config(row), tiny_models.weights(row), golden.tokens)
+    goldens.check_close(logits, exact, F32_BOUND, row.name)
+    assert greedy == golden.greedy
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_f32_logits_and_greedy_tokens_are_those_of_transformers(row: tiny_models.Row, directory: Directory) -> None:
     golden = goldens.load(row)
@@ -136,9 +145,7 @@ def test_f32_logits_and_greedy_tokens_are_those_of_transformers(row: tiny_models
             tiny_models.prompt(row), max_tokens=tiny_models.NUM_GREEDY, temperature=0.0, ignore_eos=True
         )
     assert logits.dtype == np.float32
-    assert logits.shape == (len(golden.tokens), row.sizes[0])
-    goldens.check_close(logits[POSITIONS], golden.logits, F32_BOUND, row.name)
-    assert list(result.tokens) == golden.greedy
+    _check_f32(row, logits, list(result.tokens))
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
@@ -164,8 +171,7 @@ def test_gguf_f32_gives_what_the_directory_gives(row: tiny_models.Row, tmp_path:
         result = llm.generate(
             tiny_models.prompt(row), max_tokens=tiny_models.NUM_GREEDY, temperature=0.0, ignore_eos=True
         )
-    goldens.check_close(logits[POSITIONS], golden.logits, F32_BOUND, row.name)
-    assert list(result.tokens) == golden.greedy
+    _check_f32(row, logits, list(result.tokens))
 
 
 @pytest.mark.parametrize("file_type", ["f16", "bf16"])
