@@ -26,12 +26,12 @@ def defaults_of_hf(config: Mapping[str, Any], generation: Mapping[str, Any], pat
     """
     ids = {key: generation.get(key) for key in ("eos_token_id", "bos_token_id")}
     ids = {key: config.get(key) if value is None else value for key, value in ids.items()}
-    do_sample = generation.get("do_sample")
-    temperature = {False: 0.0, True: generation.get("temperature") or 1.0, None: generation.get("temperature")}
-    if do_sample not in temperature:
-        raise Fields(generation, path).wrong("do_sample", "true or false")
+    temperature = generation.get("temperature")
+    if generation.get("do_sample") is not None:
+        samples = Fields(generation, path).flag("do_sample", False)
+        temperature = 0.0 if not samples else 1.0 if temperature is None else temperature
     return _defaults(
-        Fields({**generation, **ids, "temperature": temperature[do_sample]}, path),
+        Fields({**generation, **ids, "temperature": temperature}, path),
         sampling=("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
         eos=("eos_token_id",),
         bos="bos_token_id",

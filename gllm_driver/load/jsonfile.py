@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ def read_object(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise ModelFormatError("is a directory, expected a file" if path.is_dir() else "no such file", path=path)
         with open(path, "rb") as file:
-            text = file.read(MAX_JSON_NBYTES + 1)
+            nbytes = os.fstat(file.fileno()).st_size
+            if nbytes > MAX_JSON_NBYTES:
+                raise ModelFormatError(f"has {nbytes} bytes, more than any such file needs", path=path)
+            text = file.read(nbytes)
     except PermissionError:
         raise ModelFormatError("no permission to read the file", path=path) from None
     except OSError as error:
         raise ModelFormatError(f"cannot be read: {error}", path=path) from error
-    if len(text) > MAX_JSON_NBYTES:
-        raise ModelFormatError(f"is larger than {MAX_JSON_NBYTES} bytes, which no such file is", path=path)
     return parse_object(text, path, path.name)
