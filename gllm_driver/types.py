@@ -43,10 +43,11 @@ BF16 = DType("bf16", 2, 1, 2)
 I32 = DType("i32", 3, 1, 4)
 I64 = DType("i64", 4, 1, 8)
 U8 = DType("u8", 5, 1, 1)
+F64 = DType("f64", 6, 1, 8)
 Q8_0 = DType("q8_0", 8, 32, 34)
 Q4_0 = DType("q4_0", 9, 32, 18)
 
-DTYPES: dict[str, DType] = {d.name: d for d in (F32, F16, BF16, I32, I64, U8, Q8_0, Q4_0)}
+DTYPES: dict[str, DType] = {d.name: d for d in (F32, F16, BF16, I32, I64, U8, F64, Q8_0, Q4_0)}
 FLOAT_DTYPES = ("f32", "f16", "bf16")
 WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")
 
@@ -97,6 +98,7 @@ class Tensor:
 
 _NUMPY_NAMES = {
     "float32": "f32",
+    "float64": "f64",
     "float16": "f16",
     "bfloat16": "bf16",
     "int32": "i32",

@@ -1,0 +1,45 @@
+"""What the CPU backend can compile: op kernels, the functions per dtype, the team's own. Names only; no numba here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gllm_driver.types import DTYPES, FLOAT_DTYPES
+
+from .compile import Entry
+
+OPS = (
+    "embedding",
+    "rms_norm",
+    "rope_table",
+    "fused_qkv_rope",
+    "flash_attention",
+    "paged_attention",
+    "linear",
+    "fused_gate_up_silu",
+    "sample",
+)
+TABLES = ("matmul", "dequantize", "weigh")  # fields of the team's struct, indexed by dtype code
+
+
+def op_entry(op: str) -> Entry:
+    """The kernel of an op: `kernel(args, team, thread)` in the module of the same name."""
+    return Entry(op, f"cpu_backend.{op}", "kernel")
+
+
+def team_entries() -> list[Entry]:
+    return [Entry(f"team_{name}", "cpu_backend.sync", "make", (name,)) for name in ("lead", "post", "work")]
+
+
+def table_entries(dtypes: Iterable[str]) -> list[tuple[str, int, Entry]]:
+    """(table, dtype code, function) for the dtypes a program touches."""
+    entries = []
+    for name in sorted(set(dtypes)):
+        code = DTYPES[name].code
+        entries.append(("matmul", code, Entry(f"matmul_{name}", "cpu_backend.matmul", "make", (name,))))
+        entries.append(
+            ("dequantize", code, Entry(f"dequantize_{name}", "cpu_backend.formats", "make_dequantize", (name,)))
+        )
+        if name in FLOAT_DTYPES:
+            entries.append(("weigh", code, Entry(f"weigh_{name}", "cpu_backend.formats", "make_weigh", (name,))))
+    return entries
