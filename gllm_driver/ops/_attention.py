@@ -75,7 +75,15 @@ def shared_cases(op: str, chunks: Sequence[Chunk]) -> Iterator[Case]:
         yield case(f"page-{page_size}", page_size=page_size)
         for window in (1, 5, 16, 23, 10_000):
             yield case(f"page-{page_size}-window-{window}", page_size=page_size, window=window)
-    for heads, kv_heads, head_dim in ((1, 1, 8), (3, 3, 33), (8, 1, 64), (6, 2, 100), (4, 4, 128), (14, 2, 16), (2, 1, 1)):
+    for heads, kv_heads, head_dim in (
+        (1, 1, 8),
+        (3, 3, 33),
+        (8, 1, 64),
+        (6, 2, 100),
+        (4, 4, 128),
+        (14, 2, 16),
+        (2, 1, 1),
+    ):
         yield case(f"heads-{heads}-{kv_heads}-{head_dim}", heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     yield case("layer-1-of-3", layers=(3, 1))
     yield case("layer-2-of-3", layers=(3, 2), window=9, page_size=16)

@@ -108,7 +108,7 @@ def _draws() -> Iterator[Case]:
 
 
 def _extreme_draws() -> Iterator[Case]:
-    """Words of seed 0 whose leading 24 bits are all ones, or 23 all zeros, found by search: neither wins nor loses all."""
+    """Words of seed 0 that lead with 24 ones or 23 zeros, found by search: such a token neither wins nor loses always."""
     found = [(5237, 90), (18229, 178), (27971, 483), (23562, 973), (24285, 847), (37970, 869)]
     config = SamplingConfig(1.0)
     for label, logit in (("behind", -19.0), ("ahead", 18.0)):
@@ -137,7 +137,9 @@ def _penalties() -> Iterator[Case]:
     ):
         configs = [
             SamplingConfig(t, top_k=k, top_p=p, min_p=m, seed=13, **options)  # type: ignore[arg-type]
-            for t, k, p, m in zip([0.0, 0.8, 1.2] * 4, [0, 0, 20] * 4, [1, 0.9, 0.8, 1] * 3, [0, 0, 0.1] * 4, strict=True)
+            for t, k, p, m in zip(
+                [0.0, 0.8, 1.2] * 4, [0, 0, 20] * 4, [1, 0.9, 0.8, 1] * 3, [0, 0, 0.1] * 4, strict=True
+            )
         ]
         yield _case(f"penalties-{label}", logits, configs, counts=counts, advance=label == "all")
         if label == "all":

@@ -1,4 +1,4 @@
-"""The rows of sample's `params`: 12 words of 4 bytes per sequence, in memory so that a recorded step can be replayed."""
+"""The rows of sample's `params`: 12 words of 4 bytes a sequence, in memory so that a recorded step can be replayed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Choice:
 
 
 def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32-10 (Salmon et al. 2011): counter [..., 4] and key of 32-bit words → u64 [..., 4] holding 32-bit words."""
+    """Philox4x32-10 (Salmon et al. 2011): counter [..., 4] and key of 32-bit words → 32-bit words, u64 [..., 4]."""
     mask = np.uint64(0xFFFFFFFF)
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
@@ -107,6 +107,8 @@ def choose(logits: np.ndarray, counts: np.ndarray | None, params: np.void, posit
 
 def _beside(logits: np.ndarray, edge: float, best: float, rounding: float) -> np.ndarray:
     """Logits so near to `edge`, yet not equal, that float32 may see them equal or the other way round: bool [V]."""
+    if not np.isfinite(edge):
+        return np.zeros(len(logits), bool)
     slack = max(rounding, LOGIT_SLACK * (best - edge))
     return (logits != edge) & (logits >= edge - slack) & (logits <= edge + slack)
 

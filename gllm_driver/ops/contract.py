@@ -61,10 +61,10 @@ class Rule:
 class Case:
     """One test input: numpy arrays by name (outputs and absent optionals left out), scalars, and a label.
 
-    Float arrays hold values, not storage: the suite stores each one in every dtype its contract lists, leaving out block
-    formats whose blocks do not divide the row. `storage` narrows that list per array. `aliases` maps an output to the
-    input whose memory it shares. `condition` multiplies the tolerance: by how much the problem itself, not the kernel,
-    amplifies rounding (large attention scores).
+    Float arrays hold values, not storage: the suite stores each one in every dtype its contract lists, leaving out
+    block formats whose blocks do not divide the row. `storage` narrows that list per array. `aliases` maps an output to
+    the input whose memory it shares. `condition` multiplies the tolerance: by how much the problem itself, not the
+    kernel, amplifies rounding (large attention scores).
     """
 
     label: str
@@ -79,9 +79,10 @@ class Case:
 class Contract:
     """What an op computes and on what. `dims` says what each axis symbol means.
 
-    reference(arrays, scalars) takes float64 and integer arrays by name, absent optionals left out, and returns every out
-    and inout array: slow, plain, from the definition. `tolerance`, by the dtype an output is stored in, bounds the error
-    relative to the largest magnitude along the output's last `error_axes` axes; NaN, infinities and zero rows are exact.
+    reference(arrays, scalars) takes float64 and integer arrays by name, absent optionals left out, and returns every
+    out and inout array: slow, plain, from the definition. `tolerance`, by the dtype an output is stored in, bounds the
+    error relative to the largest magnitude along the output's last `error_axes` axes; NaN, infinities and rows of zeros
+    are exact.
     """
 
     name: str

@@ -54,8 +54,8 @@ def reference(
 CONTRACT = Contract(
     name="fused_qkv_rope",
     doc=(
-        "h = rms_norm(x, norm); q, k, v = h·wqᵀ + bq, h·wkᵀ + bk, h·wvᵀ + bv; optional RMSNorm over each q and k head; the "
-        "first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token t go to slot "
+        "h = rms_norm(x, norm); q, k, v = h·wqᵀ + bq, h·wkᵀ + bk, h·wvᵀ + bv; optional RMSNorm over each q and k head; "
+        "the first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token t go to slot "
         "positions[t] of its sequence: page page_table[seq[t], pos / P], row pos % P."
     ),
     dims={

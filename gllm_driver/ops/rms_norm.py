@@ -45,10 +45,18 @@ def cases() -> Iterator[Case]:
     outlier[:, 5] = 3e4
     yield Case("outlier", {"x": outlier, "residual": normal(g, 9, 77), "weight": weight}, {"eps": 1e-6})
     special = x.copy()
-    special[1, 76], special[3, 0], special[5, 40], special[6, 1], special[6, 2] = np.nan, np.inf, -np.inf, np.inf, np.nan
+    special[1, 76], special[3, 0], special[5, 40], special[6, 1], special[6, 2] = (
+        np.nan,
+        np.inf,
+        -np.inf,
+        np.inf,
+        np.nan,
+    )
     yield Case("nan-inf", {"x": special, "weight": weight}, {"eps": 1e-6})
     yield Case("nan-inf-residual", {"x": x, "residual": special, "weight": weight}, {"eps": 1e-6})
-    yield Case("nan-inf-rows", {"x": special, "weight": weight, "rows": np.array([0, 1, 2, 4, 7], np.int32)}, {"eps": 1e-6})
+    yield Case(
+        "nan-inf-rows", {"x": special, "weight": weight, "rows": np.array([0, 1, 2, 4, 7], np.int32)}, {"eps": 1e-6}
+    )
     weight = weight.copy()
     weight[[0, 76]] = np.nan, np.inf
     yield Case("nan-inf-weight", {"x": x, "weight": weight}, {"eps": 1e-6})
@@ -56,7 +64,7 @@ def cases() -> Iterator[Case]:
 
 CONTRACT = Contract(
     name="rms_norm",
-    doc="out[s] = x[r] / sqrt(mean(x[r]²) + eps) · weight with r = rows[s]; with a residual, x[r] += residual[r] first.",
+    doc="out[s] = x[r] / sqrt(mean(x[r]²) + eps) · weight, r = rows[s]; with a residual, x[r] += residual[r] first.",
     dims={"T": "rows of x", "S": "rows of out", "D": "hidden size"},
     arrays=(
         Array("x", ("T", "D"), role="inout", doc="written only when a residual is given"),

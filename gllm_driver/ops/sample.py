@@ -10,16 +10,16 @@ probabilities summed as integers, so that the sums do not depend on their order.
    lowest id whose logit is best. Otherwise z = (logit − best) / temperature; subtracting first keeps a tiny
    temperature from overflowing.
 3. top_k (0 keeps all): keep z ≥ the k-th largest, ties with it included (logits that f32 cannot tell apart in z tie).
-4. top_p (1 keeps all): with probabilities renormalized over what is kept, keep tiers of equal z, best first, until their
-   sum reaches top_p.
+4. top_p (1 keeps all): with probabilities renormalized over what is kept, keep tiers of equal z, best first, until
+   their sum reaches top_p.
 5. min_p: keep probabilities ≥ min_p × the largest one.
 6. Gumbel-max: the kept token with the largest z − ln(−ln u) wins, the lowest id among equals.
    u = (word >> 9 + 0.5) · 2⁻²³, where both factors and the sum are exact in f32 and u is never 0 or 1 (24 bits and a
    half would round to 1 once in 2²⁴, and that token would win with a score of +inf).
    `word` is output `id mod 4` of Philox4x32-10 (Salmon et al. 2011) at counter (id // 4, 0, low and high half of
    position), key (low and high half of seed): the draw depends on seed, position and token id alone.
-7. The chosen token's count is raised by one. With ids, ids[s] becomes the token and positions[s] grows by one. The −1 of
-   a row without numbers is not counted and enters ids as 0: a step already under way must not look up row −1.
+7. The chosen token's count is raised by one. With ids, ids[s] becomes the token and positions[s] grows by one. The −1
+   of a row without numbers is not counted and enters ids as 0: a step already under way must not look up row −1.
 """
 
 from __future__ import annotations
