@@ -109,6 +109,7 @@ class _Shield:
     def __init__(self, tokenizer: Tokenizer, values: Sequence[Any]) -> None:
         self._pattern = tokenizer.special_pattern
         self._prefixes = tokenizer.special_prefixes
+        self._longest_prefix = max(map(len, self._prefixes), default=0)
         self._taken: set[int] = set()
         for value in values:
             self._collect(value)
@@ -149,8 +150,7 @@ class _Shield:
 
     def _cover_text(self, text: str) -> str:
         text = self._pattern.sub(lambda match: self._placeholder(match.group()), text)
-        longest = max(map(len, self._prefixes), default=0)
-        for length in range(min(longest, len(text)), 0, -1):
+        for length in range(min(self._longest_prefix, len(text)), 0, -1):
             if text[-length:] in self._prefixes:
                 return text[:-length] + self._placeholder(text[-length:])
         return text

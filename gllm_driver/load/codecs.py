@@ -111,6 +111,7 @@ class RustCodec:
         rust: Any,
         decoder: PieceDecoder,
         *,
+        vocab_size: int,
         raw_ids: frozenset[int] = frozenset(),
         pieces: Mapping[int, str] | None = None,
     ) -> None:
@@ -121,7 +122,7 @@ class RustCodec:
         self._pieces = pieces or {}
         self._rust = rust
         self.strips_leading_space = decoder.strips_leading_space
-        self.vocab_size = max(rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = vocab_size
         rust.encode_special_tokens = True  # special tokens inside a text are text
         # Some normalizers and pre-tokenizers add a space at the very start of the input only. A token that no text
         # can name (its name is random) stands in for whatever came before.

@@ -201,7 +201,7 @@ def _bpe_codec(vocab: _Vocab) -> tuple[RustCodec, bool]:
     # A special token, or bytes that are no UTF-8, must not be reachable from text: it gets a name that byte-level text
     # cannot spell (NUL is not in its alphabet), and keeps its true one in `pieces`.
     pieces = {n: vocab.tokens[n] for n in vocab.of_type(TokenType.CONTROL, TokenType.UNKNOWN)}
-    pieces |= {n: token for n, token in enumerate(vocab.tokens) if not token.isascii() and _has_surrogate(token)}
+    pieces |= {n: vocab.tokens[n] for n in _not_utf8(vocab.tokens)}
     ids = dict(vocab.ids)
     for token_id, token in pieces.items():
         del ids[token]
@@ -217,11 +217,23 @@ def _bpe_codec(vocab: _Vocab) -> tuple[RustCodec, bool]:
     _set_pre_tokenizer(rust, rule)
     user_defined = [n for n in vocab.of_type(TokenType.USER_DEFINED) if n not in pieces]
     rust.add_tokens([AddedToken(vocab.tokens[n], normalized=False, special=False) for n in user_defined])
-    return RustCodec(rust, PieceDecoder(byte_level=True), raw_ids=frozenset(user_defined), pieces=pieces), rule.add_bos
+    codec = RustCodec(
+        rust,
+        PieceDecoder(byte_level=True),
+        vocab_size=len(vocab.tokens),
+        raw_ids=frozenset(user_defined),
+        pieces=pieces,
+    )
+    return codec, rule.add_bos
 
 
-def _has_surrogate(token: str) -> bool:
-    return any("\ud800" <= char <= "\udfff" for char in token)
+def _not_utf8(tokens: Sequence[str]) -> list[int]:
+    """Places of tokens whose bytes are no UTF-8 (surrogates stand for them). Looks at all at once: nearly never any."""
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError:
+        return [n for n, token in enumerate(tokens) if any("\ud800" <= char <= "\udfff" for char in token)]
+    return []
 
 
 def _pre_tokenizer(vocab: _Vocab) -> PreTokenizer:

@@ -51,7 +51,9 @@ def load_directory(path: Path) -> Tokenizer:
         rust = _sealed(rust, pieces, file)
     raw_ids = frozenset(added.keys() - by_id.keys())
     specials = SpecialTokens(by_id, bos, _end_ids(path) | ({eos} if eos is not None else set()), eos, prefix, suffix)
-    return Tokenizer(RustCodec(rust, decoder, raw_ids=raw_ids, pieces=pieces), specials, _chat_template(path, config))
+    vocab_size = max(rust.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    codec = RustCodec(rust, decoder, vocab_size=vocab_size, raw_ids=raw_ids, pieces=pieces)
+    return Tokenizer(codec, specials, _chat_template(path, config))
 
 
 def _optional(path: Path) -> dict[str, Any]:
