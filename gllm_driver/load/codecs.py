@@ -125,12 +125,15 @@ class RustCodec:
         self.vocab_size = vocab_size
         rust.encode_special_tokens = True  # special tokens inside a text are text
         # Some normalizers and pre-tokenizers add a space at the very start of the input only. A token that no text
-        # can name (its name is random) stands in for whatever came before.
-        self._sentinel = "".join(chr(0xF0000 + byte) for byte in secrets.token_bytes(12))
-        rust.add_tokens([AddedToken(self._sentinel, normalized=False, special=False)])
+        # can name (its name is random) stands in for whatever came before. Where ids have gaps it would get the id of
+        # another token, so there it is left out.
+        self._sentinel = ""
+        if rust.get_vocab_size(with_added_tokens=True) == vocab_size:
+            self._sentinel = "".join(chr(0xF0000 + byte) for byte in secrets.token_bytes(12))
+            rust.add_tokens([AddedToken(self._sentinel, normalized=False, special=False)])
 
     def encode(self, text: str, *, continues: bool) -> list[int]:
-        if continues:
+        if continues and self._sentinel:
             ids: list[int] = self._rust.encode(self._sentinel + text, add_special_tokens=False).ids
             return ids[1:]
         ids = self._rust.encode(text, add_special_tokens=False).ids

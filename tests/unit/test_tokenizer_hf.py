@@ -221,6 +221,18 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_ids_may_have_gaps(write: Writer) -> None:
+    rust = RustTokenizer(models.BPE({"a": 0, "b": 1, "ab": 7}, [("a", "b")]))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    rust.decoder = decoders.ByteLevel()
+    tok = Tokenizer.from_directory(write(rust))
+    assert tok.vocab_size == 8
+    assert tok.encode_segments(["ab", "ba"]) == [7, 1, 0]
+    assert tok.decode([0, 3, 7]) == "aab"
+    with pytest.raises(RequestError, match="token id 3 is not in the vocabulary"):
+        tok.id_to_piece(3)
+
+
 def test_unknown_decoders_are_refused(write: Writer) -> None:
     rust = byte_level()
     rust.decoder = decoders.WordPiece()
