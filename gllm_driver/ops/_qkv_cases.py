@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ def _case(
     qk_norm: bool = False,
     shuffled: bool = False,
     factors: tuple[float, float] = (1.0, 1.0),
-    storage: dict[str, tuple[str, ...]] | None = None,
+    storage: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Case:
     """A step over `chunks`; `layers` is (number, the one written), `factors` scale x and the weights."""
     g = rng("qkv", label)

@@ -64,8 +64,8 @@ def cases() -> Iterator[Case]:
 CONTRACT = Contract(
     name="flash_attention",
     doc=(
-        "Query t of sequence s at position p sees the cached tokens max(0, p − window + 1) … p of s. Query head h reads "
-        "KV head h / (heads per KV head). out = softmax(scale · q·Kᵀ) · V."
+        "Query t of sequence s at position p sees the cached tokens max(0, p − window + 1) … p of s. Query head h "
+        "reads KV head h / (heads per KV head). out = softmax(scale · q·Kᵀ) · V."
     ),
     dims={**DIMS, "S1": "sequences + 1"},
     arrays=(

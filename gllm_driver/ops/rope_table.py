@@ -33,8 +33,8 @@ def cases() -> Iterator[Case]:
 CONTRACT = Contract(
     name="rope_table",
     doc=(
-        "cos_sin[t, 0, i] = cos(positions[t] · inv_freq[i]) · scale, cos_sin[t, 1, i] = sin(…) · scale. The angle is taken "
-        "in f64: in f32 it is off by 0.1 rad at two million tokens."
+        "cos_sin[t, 0, i] = cos(positions[t] · inv_freq[i]) · scale, cos_sin[t, 1, i] = sin(…) · scale. The angle is "
+        "taken in f64: in f32 it is off by 0.1 rad at two million tokens."
     ),
     dims={"T": "tokens", "R": "rotated pairs (rotary_dim / 2)"},
     arrays=(

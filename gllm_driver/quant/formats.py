@@ -32,7 +32,7 @@ class BlockFormat(ABC):
         return self.dtype.block_nbytes
 
     def quantize(self, values: np.ndarray) -> np.ndarray:
-        """f32 [..., K] → u8 [..., K / block_size · block_nbytes]. ValueError unless K is whole blocks and values finite."""
+        """f32 [..., K] → u8, the last axis in bytes. ValueError unless K is whole blocks and all values are finite."""
         values = np.ascontiguousarray(values, np.float32)
         row_nbytes = self.dtype.row_nbytes(values.shape[-1])
         if not np.isfinite(values).all():

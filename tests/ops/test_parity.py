@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
-from op_harness import Placed, Runner, Storage, label, run_case, storages
+from op_harness import Runner, label, run_case, storages
+from op_memory import Placed, Storage, decode, encode
 
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.contract import Case
@@ -23,8 +25,8 @@ def cpu(op: str, arrays: Mapping[str, Tensor | None], scalars: Mapping[str, floa
 BACKENDS: dict[str, Callable[..., None]] = {"cpu": cpu}
 
 
-def parameters() -> list:
-    found = []
+def parameters() -> list[Any]:
+    found: list[Any] = []
     for op, contract in CONTRACTS.items():
         assert contract.cases is not None
         for case in contract.cases():
@@ -71,7 +73,6 @@ def test_cpu_result_does_not_depend_on_the_number_of_threads(op: str) -> None:
 
 def by_reference(op: str, arrays: Mapping[str, Tensor | None], scalars: Mapping[str, float]) -> None:
     """A backend that is right by construction: the reference, stored."""
-    from op_harness import decode, encode
 
     def memory(tensor: Tensor) -> np.ndarray:
         start = tensor.address - tensor.owner.ctypes.data
