@@ -39,9 +39,16 @@ def fetch_from_hub(repo: str, *, revision: str | None, file: str | None, progres
         ) from error
     endpoint = os.environ.get("HF_ENDPOINT") or None
 
-    def download(name: str, commit: str | None) -> Path:
-        with _explained(f"{repo}/{name}"):
-            return Path(huggingface_hub.hf_hub_download(repo, name, revision=commit, endpoint=endpoint))
+    def download(names: Sequence[str], commit: str | None) -> Path:
+        """Fetch all files; returns where the first one lies."""
+        paths = []
+        for name in names:
+            # One file is asked for by branch, so that the cache learns which commit the branch is at and can answer
+            # for it without a connection; the others by that commit, so that they fit the first.
+            wanted = commit if paths else revision
+            with _explained(f"{repo}/{name}"):
+                paths.append(Path(huggingface_hub.hf_hub_download(repo, name, revision=wanted, endpoint=endpoint)))
+        return paths[0]
 
     with _progress_bars(progress):
         try:
@@ -55,17 +62,14 @@ def fetch_from_hub(repo: str, *, revision: str | None, file: str | None, progres
         if file is not None:
             if file not in names:
                 raise HubError(f"{repo!r} has no file {file!r}; its GGUF files: {_listed(_ggufs(names))}")
-            paths = [download(name, info.sha) for name in _parts(file)]
-            return paths[0]
+            return download(_parts(file), info.sha)
         if "config.json" not in names:
             raise HubError(f"{repo!r} has no config.json, so its safetensors files cannot be read")
-        configs = [download(name, info.sha) for name in _CONFIG_FILES if name in names]
-        folder = configs[0].parent
-        if INDEX_NAME not in names:
-            download(SINGLE_NAME, info.sha)
-            return folder
-        for shard in shards_of_index(read_object(download(INDEX_NAME, info.sha)), folder / INDEX_NAME):
-            download(shard, info.sha)
+        weights = INDEX_NAME if INDEX_NAME in names else SINGLE_NAME
+        folder = download([*(name for name in _CONFIG_FILES if name in names), weights], info.sha).parent
+        if weights == INDEX_NAME:
+            index = folder / INDEX_NAME
+            download(["config.json", *shards_of_index(read_object(index), index)], info.sha)
         return folder
 
 
@@ -89,7 +93,7 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise HubError(
-            f"there is no model {repo!r} on the hub, or it is private: check the name, and set HF_TOKEN if it is yours"
+            f"there is no path and no model {repo!r} on the hub, or it is private: check the name, or set HF_TOKEN"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repo!r} has no such revision on the hub") from error
