@@ -43,3 +43,13 @@ def table_entries(dtypes: Iterable[str]) -> list[tuple[str, int, Entry]]:
         if name in FLOAT_DTYPES:
             entries.append(("weigh", code, Entry(f"weigh_{name}", "cpu_backend.formats", "make_weigh", (name,))))
     return entries
+
+
+def first_bad_entry(dtype: str) -> Entry:
+    """first_bad(address, n), see weights.py."""
+    return Entry(f"first_bad_{dtype}", "cpu_backend.weights", "make_first_bad", (dtype,))
+
+
+def convert_entry(dtype: str) -> Entry:
+    """convert(address, n, out, out_dtype, scratch), see weights.py."""
+    return Entry(f"convert_{dtype}", "cpu_backend.weights", "make_convert", (dtype,))

@@ -104,12 +104,12 @@ class Team:
     `run(program)` may be called by one thread at a time. After a fork the child has no workers and `run` raises.
     """
 
-    def __init__(self, num_threads: int | None = None, library: Library | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, progress: Progress | None = None) -> None:
         self.num_threads = num_threads or default_num_threads()
         if not 1 <= self.num_threads <= MAX_THREADS:
             raise ValueError(f"threads must be in 1 … {MAX_THREADS}, got {self.num_threads}")
-        self.library = library or Library()
-        addresses = self.library.load(team_entries())
+        self.library = Library()
+        addresses = self.library.load(team_entries(), progress)
         self._memory = aligned(TEAM.itemsize)
         self._state = self._memory.view(TEAM)[0]
         self._address = self._memory.ctypes.data

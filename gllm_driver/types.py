@@ -95,7 +95,28 @@ class Tensor:
             raise ValueError(f"{tensor.shape} of {dtype.name} needs {tensor.nbytes} bytes, got {array.nbytes}")
         return tensor
 
+    def to_numpy(self) -> np.ndarray:
+        """A view of host memory in the tensor's shape; packed types come as bytes [num_rows, row_nbytes]."""
+        import ctypes
 
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+        if self.dtype.is_quantized:
+            return raw.reshape(self.num_rows, self.row_nbytes)
+        if self.dtype.name == "bf16":
+            import ml_dtypes
+
+            return raw.view(ml_dtypes.bfloat16).reshape(self.shape)
+        return raw.view(_NUMPY_TYPES[self.dtype.name]).reshape(self.shape)
+
+
+_NUMPY_TYPES = {
+    "f32": np.float32,
+    "f64": np.float64,
+    "f16": np.float16,
+    "i32": np.int32,
+    "i64": np.int64,
+    "u8": np.uint8,
+}
 _NUMPY_NAMES = {
     "float32": "f32",
     "float64": "f64",
@@ -144,7 +165,7 @@ class SequenceInput:
 
     tokens: Sequence[int]
     position: int
-    sequence_id: int = 0
+    pages: Sequence[int]  # the sequence's KV pages in order: enough for position + len(tokens) tokens
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class RustCodec:
     raw_ids: added tokens, whose text is their bytes already. pieces: spelling that differs from the Rust side's, by id.
     """
 
+    has_text = True
+
     def __init__(
         self,
         rust: Any,

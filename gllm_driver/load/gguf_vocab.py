@@ -49,6 +49,7 @@ _PREFIX = "tokenizer.ggml."
 class NoTextCodec:
     """A model without a vocabulary: token ids only."""
 
+    has_text = False
     strips_leading_space = False
 
     def __init__(self, vocab_size: int) -> None:

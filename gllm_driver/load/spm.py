@@ -22,6 +22,8 @@ class SpmCodec:
     """pieces: the vocabulary. scores: by piece, for those that merging may give. user_defined: found in the text before
     anything else. byte_ids: [256], or None where bytes have no tokens; then unknown_id stands for unknown text."""
 
+    has_text = True
+
     def __init__(
         self,
         pieces: Sequence[str],

@@ -19,6 +19,7 @@ from ..errors import RequestError
 class Codec(Protocol):
     """One vocabulary: plain text to ids, and each id to its bytes. It knows no BOS and no special tokens."""
 
+    has_text: bool  # False: ids only, there are no pieces
     strips_leading_space: bool  # the decoded text loses one space at its very start (SentencePiece's dummy prefix)
 
     @property
@@ -82,6 +83,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """One more than the highest token id. The model's embedding table may have padding rows beyond it."""
         return self._codec.vocab_size
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a vocabulary at all; without one, encode and decode raise RequestError."""
+        return self._codec.has_text
 
     @property
     def bos_token_id(self) -> int | None:

@@ -1,0 +1,52 @@
+"""Large language models in Python at the speed of the hardware, with nothing to install but a driver.
+
+    import gllm_driver as gllm
+
+    with gllm.load("path/to/model") as llm:
+        print(llm.generate("def fibonacci(n):").text)
+
+Importing this package is cheap: numba, CUDA and tokenizers are loaded when they are first needed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backends.select import DeviceInfo, devices
+    from .errors import GllmError
+    from .llm import LLM, GenerationResult, TextStream, Timings, load
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "DeviceInfo",
+    "GenerationResult",
+    "GllmError",
+    "TextStream",
+    "Timings",
+    "__version__",
+    "devices",
+    "load",
+]
+
+_HOMES = {
+    "LLM": "llm",
+    "GenerationResult": "llm",
+    "TextStream": "llm",
+    "Timings": "llm",
+    "load": "llm",
+    "DeviceInfo": "backends.select",
+    "devices": "backends.select",
+    "GllmError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value

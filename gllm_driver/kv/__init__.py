@@ -1,0 +1,1 @@
+"""KV cache bookkeeping: which page belongs to whom. Page contents stay with the backend."""
