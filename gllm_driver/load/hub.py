@@ -41,7 +41,7 @@ def fetch_from_hub(repo: str, *, revision: str | None, file: str | None, progres
 
     def download(names: Sequence[str], commit: str | None) -> Path:
         """Fetch all files; returns where the first one lies."""
-        paths = []
+        paths: list[Path] = []
         for name in names:
             # One file is asked for by branch, so that the cache learns which commit the branch is at and can answer
             # for it without a connection; the others by that commit, so that they fit the first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -55,7 +56,8 @@ class FileMapping:
     def will_need(self) -> None:
         """Ask the system to read the file ahead; a hint, so a system that cannot do it is no error."""
         if hasattr(mmap, "MADV_WILLNEED"):
-            self.buffer.madvise(mmap.MADV_WILLNEED)
+            with contextlib.suppress(OSError):
+                self.buffer.madvise(mmap.MADV_WILLNEED)
 
     def tensor(self, name: str, dtype: DType, shape: tuple[int, ...], offset: int) -> Tensor:
         """A tensor over `shape` elements that start at byte `offset` of the file.

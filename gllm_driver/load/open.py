@@ -45,11 +45,14 @@ def open_checkpoint(path_or_id: str | Path, *, progress: bool | None = None) -> 
                 path=path_or_id,
             )
         path = fetch_from_hub(match["repo"], revision=match["revision"], file=match["file"], progress=progress)
-    if path.is_dir():
-        return _open_directory(path)
-    if path.suffix == ".safetensors":
-        return _open_hf(path, path.parent, safetensors.read_safetensors(path))
-    return _open_gguf(path)
+    try:
+        if path.is_dir():
+            return _open_directory(path)
+        if path.suffix == ".safetensors":
+            return _open_hf(path, path.parent, safetensors.read_safetensors(path))
+        return _open_gguf(path)
+    except OSError as error:  # a folder that may be listed but not searched, a disk that fails
+        raise ModelFormatError(f"cannot be read: {error.strerror}", path=path) from error
 
 
 def _exists(path: Path) -> bool:

@@ -86,7 +86,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub()
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    # Newer versions of huggingface_hub ask their endpoint, which they read when imported, about themselves, and keep it.
+    # Newer versions of huggingface_hub also ask the endpoint they read when imported, and keep the answer.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
     monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses"), raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
