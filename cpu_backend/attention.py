@@ -80,11 +80,11 @@ def _softmax_rows(scores, rows, heads, first, n, p0, window, m, l, o, Dh):
         if window > 0:
             low = max(first, position - window + 1)
         high = min(first + n, position + 1)  # one past the last visible position
-        fill_row(s, low - first, types.float32(MINUS_INF))
-        fill_row(s + 4 * max(high - first, 0), SCORE_BLOCK - max(high - first, 0), types.float32(MINUS_INF))
         if low >= high:
             fill_row(s, SCORE_BLOCK, types.float32(0.0))
             continue
+        fill_row(s, low - first, types.float32(MINUS_INF))
+        fill_row(s + 4 * (high - first), SCORE_BLOCK - (high - first), types.float32(MINUS_INF))
         greatest = splat(types.float32(MINUS_INF))
         for k in range(0, SCORE_BLOCK, LANES):
             greatest = vmax(load_f32(s + 4 * k), greatest)

@@ -10,17 +10,19 @@ from numba.core import types
 from numba.core.typing.templates import AttributeTemplate, infer_getattr
 from numba.extending import lower_getattr_generic, models, register_model
 
-from .simd import F32, I8, I32, I64, pointer
+from .simd import F32, I32, I64, pointer
 
 
 class Struct(types.Type):
     """Address of a struct with the layout of a numpy structured dtype. `.address` is the address itself.
 
-    i32 fields read as int64 (so index arithmetic is 64-bit throughout), i8 fields are addresses or counters.
+    i32 fields read as int64, so index arithmetic is 64-bit throughout; an array field reads as its address.
     """
 
     def __init__(self, name: str, dtype: np.dtype) -> None:
-        self.fields_at = {n: (str(t[0]), int(t[1])) for n, t in (dtype.fields or {}).items()}
+        self.fields_at = {
+            n: ("array" if t[0].shape else t[0].name, int(t[1])) for n, t in (dtype.fields or {}).items()
+        }
         super().__init__(name=f"struct<{name}:{dtype}>")
 
 
@@ -48,10 +50,11 @@ def _read_field(context: Any, b: ir.IRBuilder, struct: Struct, value: ir.Value, 
         return value
     kind, offset = struct.fields_at[attr]
     address = b.add(value, ir.Constant(I64, offset))
+    if kind == "array":
+        return address
     if kind == "float32":
         return b.load(pointer(b, address, F32), align=4)
     if kind == "int32":
         return b.sext(b.load(pointer(b, address, I32), align=4), I64)
-    if kind == "int64":
-        return b.load(pointer(b, address, I64), align=8)
-    return b.zext(b.load(pointer(b, address, I8)), I64)
+    assert kind == "int64", f"{struct.name}.{attr} has type {kind}, which kernels do not read"
+    return b.load(pointer(b, address, I64), align=8)
