@@ -37,7 +37,7 @@ def fetch_from_hub(repo: str, *, revision: str | None, file: str | None, progres
         raise HubError(
             f"cannot fetch {repo!r}: huggingface_hub is not installed (pip install huggingface_hub)"
         ) from error
-    endpoint = os.environ.get("HF_ENDPOINT") or None
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
 
     def download(names: Sequence[str], commit: str | None) -> Path:
         """Fetch all files; returns where the first one lies."""

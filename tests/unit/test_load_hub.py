@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     fake = FakeHub()
     monkeypatch.setenv("HF_ENDPOINT", fake.url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    look_up = socket.getaddrinfo
+
+    def only_here(host: Any, *args: Any, **kwargs: Any) -> Any:
+        assert host == "127.0.0.1", f"a test asked for {host}"
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_here)
     # Newer versions of huggingface_hub also ask the endpoint they read when imported, and keep the answer.
+    template = fake.url + huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(
+        huggingface_hub.constants.ENDPOINT
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", fake.url)
     monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses"), raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
