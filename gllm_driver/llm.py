@@ -188,8 +188,9 @@ class LLM:
         """Generate text piece by piece.
 
         prompt: text (special-token strings in it are text), or token ids, taken as they are. Sampling options left at
-        None take what the model's authors recommend, else the neutral value (temperature 0: greedy); `SamplingConfig`
-        explains them. seed None: a fresh random one. stop: strings that end the generation and are not shown.
+        None take what the model's authors recommend, else the neutral value (temperature 0: greedy, but 1 when top_k,
+        top_p or min_p ask for draws); `SamplingConfig` explains them. seed None: a fresh random one. stop: strings that
+        end the generation and are not shown.
 
         Raises RequestError for an empty prompt, ids outside the vocabulary, options out of range; CapacityError when
         the prompt leaves no room in the context.
@@ -205,13 +206,14 @@ class LLM:
         else:
             tokens = [int(t) for t in prompt]
         defaults = self._checkpoint.defaults
+        shapes_draws = bool(top_k) or bool(min_p) or (top_p is not None and top_p < 1)
 
         def choose(name: str, given: Any, neutral: Any) -> Any:
             recommended = getattr(defaults, name, None)
             return given if given is not None else neutral if recommended is None else recommended
 
         sampling = SamplingConfig(
-            temperature=choose("temperature", temperature, 0.0),
+            temperature=temperature if temperature is not None else defaults.temperature or float(shapes_draws),
             top_k=choose("top_k", top_k, 0),
             top_p=choose("top_p", top_p, 1.0),
             min_p=choose("min_p", min_p, 0.0),
@@ -306,11 +308,11 @@ def load(
     start = time.perf_counter()
     if dtype != "auto" and dtype not in FLOAT_DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}: choose auto, {', '.join(FLOAT_DTYPES)}")
-    checkpoint = open_checkpoint(demo_model_path() if path is None else path)
+    checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
     backend = open_backend(device, threads=threads, progress=progress)
     try:
         arch = checkpoint.arch
-        kv_dtype = dtype if dtype != "auto" else _kv_dtype(checkpoint)
+        kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
         context = _context_length(arch.context_length, context_length, one_page.page_nbytes)
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
@@ -323,7 +325,7 @@ def load(
     return LLM(checkpoint, backend, engine, time.perf_counter() - start)
 
 
-def _kv_dtype(checkpoint: Checkpoint) -> str:
+def default_kv_dtype(checkpoint: Checkpoint) -> str:
     """f32 models keep an f32 cache, bf16 ones (whose range f16 lacks) bf16; all others f16."""
     stored = checkpoint.tensors["layers.0.k"].dtype.name
     return stored if stored in FLOAT_DTYPES else "f16"

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cpu_backend.compile import cache_dir as cache_dir
 from cpu_backend.memory import available_nbytes, memory_pressure
 from cpu_backend.program import Program
 from cpu_backend.team import Team, aligned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import BackendUnavailableError, RequestError
 from .base import Backend, Progress
@@ -45,6 +46,13 @@ def open_backend(device: str = "auto", *, threads: int | None = None, progress: 
 
             return CpuBackend(threads, progress)
     raise BackendUnavailableError(device, "no usable device")
+
+
+def kernel_cache_dir() -> Path:
+    """Where kernels compiled on this machine are kept."""
+    from .cpu import cache_dir
+
+    return cache_dir()
 
 
 def _cuda() -> DeviceInfo:

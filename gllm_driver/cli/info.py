@@ -1,0 +1,122 @@
+"""`gllm info`: what can run here, and what a model consists of."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .. import __version__
+from .console import Console
+from .options import TextType
+from .outcome import EXIT_CODES, guarded
+
+if TYPE_CHECKING:
+    from ..models.checkpoint import Checkpoint
+
+PACKAGES = ("numpy", "numba", "llvmlite", "cuda-bindings", "tokenizers", "safetensors", "gguf")
+
+
+@click.command(epilog=EXIT_CODES, short_help="List devices and versions, describe a model.")
+@click.option("--model", type=TextType(), metavar="M", help="Describe this model too; a hub id is downloaded first.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the log.")
+@guarded
+def info(*, model: str | None, as_json: bool, debug: bool) -> None:
+    """List the devices, why each can or cannot be used, and the versions; with --model, describe a model."""
+    console: Console = click.get_current_context().obj
+    console.configure(quiet=False, debug=debug)
+    facts = _installation()
+    if model is not None:
+        from ..load.open import open_checkpoint
+
+        facts["model"] = describe(open_checkpoint(model, progress=None if console.interactive else False))
+    with console.printing() as output:
+        output.write(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
+        output.end_line()
+
+
+def _installation() -> dict[str, Any]:
+    from ..backends.select import devices, kernel_cache_dir
+
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "kernel_cache": str(kernel_cache_dir()),
+        "devices": [asdict(device) for device in devices()],
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a model consists of, from its headers: counts in elements and tokens, sizes in bytes."""
+    from ..config import KvCacheConfig
+    from ..llm import default_kv_dtype
+
+    arch = checkpoint.arch
+    tensors = {tensor.address: tensor for tensor in checkpoint.tensors.values()}.values()
+    kinds: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        kind = kinds.setdefault(tensor.dtype.name, {"tensors": 0, "nbytes": 0})
+        kind["tensors"] += 1
+        kind["nbytes"] += tensor.nbytes
+    dtype = default_kv_dtype(checkpoint)
+    one_token = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, page_size=1, dtype=dtype)
+    return {
+        "path": str(checkpoint.path),
+        "family": arch.family,
+        "parameters": sum(prod(tensor.shape) for tensor in tensors),
+        "nbytes": checkpoint.nbytes,
+        "tensor_types": kinds,
+        "context_length": arch.context_length,
+        "vocab_size": arch.vocab_size,
+        "kv_dtype": dtype,
+        "kv_nbytes_per_token": one_token.nbytes,
+        "arch": asdict(arch),
+    }
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
+    lines = [f"gllm-driver {facts['version']}, Python {facts['python']}, {facts['platform']}", packages, "devices"]
+    for device in facts["devices"]:
+        usable = "usable" if device["usable"] else "not usable"
+        lines.append(f"  {device['name']:<8}{usable}: {device['reason']} ({device['description']})")
+    lines.append(f"compiled kernels are kept in {facts['kernel_cache']}")
+    return lines + (_model_lines(facts["model"]) if "model" in facts else [])
+
+
+def _model_lines(model: dict[str, Any]) -> list[str]:
+    arch = model["arch"]
+    kinds = [f"{name} {k['tensors']} tensors {_size(k['nbytes'])}" for name, k in model["tensor_types"].items()]
+    sizes = (
+        f"{arch['num_layers']} layers, hidden {arch['hidden_size']}, feed-forward {arch['intermediate_size']}, "
+        f"{arch['num_heads']} heads and {arch['num_kv_heads']} KV heads of {arch['head_dim']}"
+    )
+    return [
+        f"model {model['path']}",
+        f"  family      {model['family']}: {sizes}",
+        f"  parameters  {model['parameters']:,}",
+        f"  weights     {_size(model['nbytes'])}: {', '.join(kinds)}",
+        f"  vocabulary  {model['vocab_size']:,} tokens",
+        f"  context     {model['context_length']:,} tokens",
+        f"  KV cache    {_size(model['kv_nbytes_per_token'])} per token ({model['kv_dtype']})",
+    ]
+
+
+def _size(nbytes: int) -> str:
+    power = min((max(nbytes, 1).bit_length() - 1) // 10, 4)
+    return f"{nbytes / 1024**power:.{2 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
