@@ -97,6 +97,10 @@ def _draws() -> Iterator[Case]:
     yield _case("tiers-top-k", tiered, [SamplingConfig(1.0, top_k=k, seed=5) for k in range(1, 17)])
     yield _case("tiers-top-p", tiered, [SamplingConfig(1.0, top_p=k / 17, seed=6) for k in range(1, 17)])
     yield _case("min-p", tiered, [SamplingConfig(1.0, min_p=k / 18, seed=7) for k in range(1, 17)])
+    flat = np.sort(g.random((96, 12)) * 0.6)  # close to uniform: one token too many, or too few, is soon drawn
+    yield _case("flat-top-k", flat, [SamplingConfig(1.0, top_k=1 + k % 12, seed=14) for k in range(96)])
+    yield _case("flat-top-p", flat, [SamplingConfig(1.0, top_p=(1 + k % 12) / 12.5, seed=15) for k in range(96)])
+    yield _case("flat-min-p", flat, [SamplingConfig(1.0, min_p=0.55 + k % 9 / 20, seed=16) for k in range(96)])
     logits = normal(g, 8, 517, scale=4)
     temperatures = [1e-30, 1e-6, 1e-3, 0.01, 100.0, 1e4, 1e20, 3e38]
     yield _case("temperatures", logits, [SamplingConfig(t, seed=8) for t in temperatures])
@@ -115,6 +119,17 @@ def _extreme_draws() -> Iterator[Case]:
         logits = np.zeros((len(found), 1000))
         logits[range(len(found)), [token for _, token in found]] = logit
         yield _case(f"extreme-words-{label}", logits, [config] * len(found), positions=[p for p, _ in found])
+    twins = [
+        (18, 66, 652),
+        (54, 86, 722),
+        (107, 178, 876),
+        (111, 739, 823),
+        (171, 597, 679),
+    ]  # position, ids of equal u
+    equal = np.zeros((len(twins), 1000))
+    for row, (_, first, second) in zip(equal, twins, strict=True):
+        row[[first, second]] = 20
+    yield _case("equal-words", equal, [config] * len(twins), positions=[p for p, *_ in twins])
     alone = np.full((len(found), 1000), -INF)
     alone[range(len(found)), [token for _, token in found]] = 1
     yield _case("extreme-words-alone", alone, [config] * len(found), positions=[p for p, _ in found])

@@ -95,11 +95,10 @@ def choose(logits: np.ndarray, counts: np.ndarray | None, params: np.void, posit
         edge = (kept | doubtful) & (np.abs(ratio - 1) <= PROBABILITY_SLACK)
         kept, doubtful = kept & (ratio >= 1), (doubtful & (ratio >= 1)) | edge
 
-    with np.errstate(invalid="ignore"):
-        score = z - np.log(-np.log(uniforms(int(params["seed"]), position, len(z))))
+    u = uniforms(int(params["seed"]), position, len(z))
+    score = z - np.log(-np.log(u))
     token = int(np.where(kept, score, -np.inf).argmax())
-    rivals = kept | doubtful
-    rivals[token] = False
+    rivals = (kept | doubtful) & ~((logits == logits[token]) & (u == u[token]))  # equals tie in float32 as well
     gap = score[token] - score[rivals].max(initial=-np.inf)
     slack = SCORE_SLACK + LOGIT_SLACK * abs(z[token]) + rounding / temperature
     return Choice(token, bool(certain and not doubtful[token] and gap >= slack))

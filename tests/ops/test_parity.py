@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from op_harness import Runner, label, run_case, storages
-from op_memory import Placed, Storage, decode, encode
+from op_memory import Placed, Storage, decode, encode, rounded
 
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.contract import Case
@@ -69,6 +69,23 @@ def test_cpu_result_does_not_depend_on_the_number_of_threads(op: str) -> None:
             run_case(contract, largest, storage, recording(runs[-1], num_threads))
         for run in runs[1:]:
             assert all(np.array_equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_cpu_rounds_to_nearest_where_it_stores_half_precision(dtype: str) -> None:
+    """The tolerance lets a last place pass; a value that is off by one should be rare, not the rule."""
+    contract = CONTRACTS["fused_qkv_rope"]
+    assert contract.cases is not None
+    case = next(c for c in contract.cases() if c.label == "long-prefill")
+    storage = next(s for s in storages(contract, case) if s["kv"] == dtype and s["wq"] == "f32")
+    results: list[np.ndarray] = []
+    run_case(contract, case, storage, recording(results, 2))
+    inputs = {n: decode(encode(a, storage[n]), storage[n], a.shape) for n, a in case.arrays.items()}
+    assert contract.reference is not None
+    expected = contract.reference(inputs, {k: float(np.float32(v)) for k, v in case.scalars.items()})["kv"]
+    written = np.isfinite(expected) & ~np.isfinite(inputs["kv"])
+    actual = decode(results[0], dtype, expected.shape)
+    assert (actual == rounded(expected, dtype))[written].mean() > 0.98
 
 
 def by_reference(op: str, arrays: Mapping[str, Tensor | None], scalars: Mapping[str, float]) -> None:
