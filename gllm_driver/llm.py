@@ -20,7 +20,7 @@ from .types import FLOAT_DTYPES, Traffic
 
 if TYPE_CHECKING:
     from .backends.base import Backend
-    from .load.tokenizer import Tokenizer
+    from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
     from .models.checkpoint import Checkpoint
 
@@ -155,7 +155,7 @@ class LLM:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ModelFormatError when the model brings none that can be read."""
-        from .load.tokenizer import Tokenizer
+        from .loaders.tokenizer import Tokenizer
 
         path, metadata = self._checkpoint.path, self._checkpoint.metadata
         if "tokenizer.ggml.model" in metadata:
@@ -236,7 +236,7 @@ class LLM:
         messages: {"role": …, "content": …} in order. Raises RequestError when the model has no chat template or the
         template refuses the messages.
         """
-        from .load.chat import ChatTemplate, encode_chat
+        from .loaders.chat import ChatTemplate, encode_chat
 
         return encode_chat(self.tokenizer, ChatTemplate.of(self.tokenizer), messages)
 
@@ -302,7 +302,7 @@ def load(
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
     """
     from .backends.select import open_backend
-    from .load.open import open_checkpoint
+    from .loaders.open import open_checkpoint
     from .models.decoder import model_weights
 
     start = time.perf_counter()

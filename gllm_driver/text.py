@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from .errors import RequestError
-from .load.tokenizer import Tokenizer
+from .loaders.tokenizer import Tokenizer
 
 
 class StreamDecoder:

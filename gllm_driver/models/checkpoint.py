@@ -1,4 +1,4 @@
-"""A model as it lies on disk, described but not copied: the boundary between `load/` and everything above it."""
+"""A model as it lies on disk, described but not copied: the boundary between `loaders/` and everything above it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from oracle import numpy_model, tiny_models, to_gguf
 
-from gllm_driver.load.open import open_checkpoint
+from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.models.checkpoint import Checkpoint
 from gllm_driver.models.rope import rope_inv_freq
 from gllm_driver.types import Tensor

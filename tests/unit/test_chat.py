@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizer_goldens import DATA, HARD_STRINGS, spm_metadata
 
 from gllm_driver.errors import RequestError
-from gllm_driver.load.chat import ChatTemplate, encode_chat
-from gllm_driver.load.tokenizer import Tokenizer
+from gllm_driver.loaders.chat import ChatTemplate, encode_chat
+from gllm_driver.loaders.tokenizer import Tokenizer
 
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n' }}

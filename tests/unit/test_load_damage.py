@@ -16,7 +16,7 @@ import pytest
 from tiny_files import CONFIG, GGUF_KEYS, write_gguf, write_hf
 
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.load.open import open_checkpoint
+from gllm_driver.loaders.open import open_checkpoint
 
 MAX_SECONDS = 1.0
 NUMBERS = [0, 1, 0x7F, 0xFF, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]

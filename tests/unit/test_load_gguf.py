@@ -12,8 +12,8 @@ import pytest
 from tiny_files import GGUF_KEYS, gguf_shapes, tensors_of, write_gguf
 
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.load.ggml_types import READABLE, TENSOR_TYPES
-from gllm_driver.load.gguf import read_gguf
+from gllm_driver.loaders.ggml_types import READABLE, TENSOR_TYPES
+from gllm_driver.loaders.gguf import read_gguf
 
 
 def string(text: str | bytes) -> bytes:

@@ -16,7 +16,7 @@ import pytest
 from tiny_files import write_gguf, write_hf
 
 from gllm_driver.errors import HubError
-from gllm_driver.load.open import open_checkpoint
+from gllm_driver.loaders.open import open_checkpoint
 
 COMMIT = "c0ffee" * 6 + "c0ff"
 

@@ -14,8 +14,8 @@ import pytest
 from tiny_files import CONFIG, GGUF_KEYS, LAYERS, gguf_shapes, hf_shapes, tensors_of, write_gguf, write_hf
 
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.load import open as load_open
-from gllm_driver.load.open import open_checkpoint
+from gllm_driver.loaders import open as load_open
+from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.models.arch import tensor_slots
 from gllm_driver.models.checkpoint import Checkpoint, GenerationDefaults
 
@@ -255,5 +255,5 @@ def test_gguf_recommendations(tmp_path: Path) -> None:
 
 def test_reading_models_imports_no_heavy_package() -> None:
     heavy = ["numba", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2", "torch"]
-    code = f"import sys, gllm_driver.load.open; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, gllm_driver.loaders.open; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.load.mapping import FileMapping
-from gllm_driver.load.safetensors import READABLE, read_safetensors, read_safetensors_index
+from gllm_driver.loaders.mapping import FileMapping
+from gllm_driver.loaders.safetensors import READABLE, read_safetensors, read_safetensors_index
 from gllm_driver.types import F16, F32, Q8_0, Tensor
 
 

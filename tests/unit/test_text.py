@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizer_goldens import HARD_STRINGS, all_metadata
 
 from gllm_driver.errors import RequestError
-from gllm_driver.load.tokenizer import Tokenizer
+from gllm_driver.loaders.tokenizer import Tokenizer
 from gllm_driver.text import StopMatcher, StreamDecoder
 
 NAMES = ["gpt-2", "spm", "spm-no-prefix"]

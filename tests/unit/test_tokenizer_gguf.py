@@ -27,8 +27,8 @@ from tokenizer_goldens import (
 )
 
 from gllm_driver.errors import ModelFormatError, RequestError
-from gllm_driver.load.pre_tokenizers import PRE_TOKENIZERS
-from gllm_driver.load.tokenizer import Tokenizer
+from gllm_driver.loaders.pre_tokenizers import PRE_TOKENIZERS
+from gllm_driver.loaders.tokenizer import Tokenizer
 
 METADATA = all_metadata()
 NAMES = sorted(METADATA)

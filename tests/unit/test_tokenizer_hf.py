@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from gllm_driver.errors import ModelFormatError, RequestError
-from gllm_driver.load.tokenizer import Tokenizer
+from gllm_driver.loaders.tokenizer import Tokenizer
 
 SPECIALS = ["<|bos|>", "<|end|>", "<|pad|>"]
 Writer = Callable[..., Path]
