@@ -119,7 +119,7 @@ def _special(op: str, chunks: Sequence[Chunk]) -> Iterator[Case]:
         last = chunks[1].total - 1
         _slot(cache, 1, last - 3)[0, 0, 7] = np.nan  # a key: its head's outputs
         _slot(cache, 1, last - 1)[1, 1, 19] = np.inf  # a value: one dim
-        _slot(cache, 1, last - 6)[1, 0, 3] = np.nan  # the first one that a window of 6 hides from the last query
+        _slot(cache, 1, last - 6)[1, 1, 3] = np.nan  # the first one that a window of 6 hides from the last query
         _slot(cache, 1, 2)[1, 1, 0] = np.nan  # outside the window
         _slot(cache, 1, 3)[0, 1, 0] = np.inf
         yield case
