@@ -166,10 +166,10 @@ def optimized_module(entry: Entry, target: Target, machine: Any) -> Any:
     """The entry's LLVM module, optimized for the target (tests read its assembly)."""
     import llvmlite.binding as llvm
 
+    from .lowering import lower
+
     function, argument_types = _resolve(entry)
-    text = _lower(function, argument_types, symbol(entry.name))
-    lines = [line for line in text.splitlines() if not line.startswith(("target datalayout", "target triple"))]
-    module = llvm.parse_assembly("\n".join(lines))
+    module = llvm.parse_assembly(lower(function, argument_types, symbol(entry.name)))
     module.triple = target.triple
     module.data_layout = str(machine.target_data)
     module.verify()
@@ -195,48 +195,3 @@ def _resolve(entry: Entry) -> tuple[Callable, tuple]:
         struct = Struct(entry.name, CONTRACTS[entry.name].struct)
         return made, (struct, Struct("team", TEAM), types.int64)
     return made(*entry.args)
-
-
-def _lower(function: Callable, argument_types: tuple, name: str) -> str:
-    """LLVM IR of `function` and all it calls, plus a C function `name(int64 …) -> int64` around it."""
-    from llvmlite import ir
-    from numba.core import compiler, types
-    from numba.core.compiler_lock import global_compiler_lock
-    from numba.core.registry import cpu_target
-
-    flags = compiler.Flags()
-    flags.no_compile = True
-    flags.no_cpython_wrapper = True
-    flags.no_cfunc_wrapper = True
-    flags.nrt = True
-    flags.error_model = "numpy"
-    flags.boundscheck = False
-    with global_compiler_lock:
-        compiled = compiler.compile_extra(
-            cpu_target.typing_context, cpu_target.target_context, function, argument_types, None, flags, {}
-        )
-        library = compiled.library
-        for linked in library._linking_libraries:
-            library._final_module.link_in(linked._get_module_for_linking(), preserve=True)
-        body = str(library._final_module)
-
-    wrapper = ir.Module()
-    i64, i8p = ir.IntType(64), ir.IntType(8).as_pointer()
-    returns = compiled.signature.return_type != types.none
-    ret = i64 if returns else i8p
-    inner_type = ir.FunctionType(ir.IntType(32), [ret.as_pointer(), i8p.as_pointer()] + [i64] * len(argument_types))
-    inner = ir.Function(wrapper, inner_type, compiled.fndesc.llvm_func_name)
-    outer = ir.Function(wrapper, ir.FunctionType(i64, [i64] * len(argument_types)), name)
-    b = ir.IRBuilder(outer.append_basic_block())
-    result, raised = b.alloca(ret), b.alloca(i8p)
-    b.call(inner, [result, raised, *outer.args])
-    b.ret(b.load(result) if returns else ir.Constant(i64, 0))
-    import llvmlite.binding as llvm
-
-    module = llvm.parse_assembly(body)
-    module.link_in(llvm.parse_assembly(_without_target(str(wrapper))))
-    return str(module)
-
-
-def _without_target(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if not line.startswith("target "))

@@ -338,7 +338,7 @@ def cpu_pause(typingctx: Any) -> Any:
         if current().triple.startswith("x86_64"):
             call_llvm(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
         else:
-            call_llvm(b, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
+            call_llvm(b, "llvm.aarch64.isb", ir.VoidType(), [ir.Constant(I32, 15)])
         return c.get_dummy_value()
 
     return types.void(), codegen

@@ -20,9 +20,7 @@ class Struct(types.Type):
     """
 
     def __init__(self, name: str, dtype: np.dtype) -> None:
-        self.fields_at = {
-            n: ("array" if t[0].shape else t[0].name, int(t[1])) for n, t in (dtype.fields or {}).items()
-        }
+        self.fields_at = {n: ("array" if t[0].shape else t[0].name, int(t[1])) for n, t in (dtype.fields or {}).items()}
         super().__init__(name=f"struct<{name}:{dtype}>")
 
 
