@@ -20,12 +20,13 @@ LAYERS = (
     {"cpu_backend", "driver", "quant"},
     {"backends"},
     {"models", "kv"},
-    {"load"},
-    {"sched", "text"},
+    {"loaders"},
+    {"sched", "text", "demo"},
     {"engine"},
     {"llm"},
     {"__init__"},
-    {"serve", "cli", "__main__"},
+    {"serve", "cli"},
+    {"__main__"},
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 HEAVY = ("numba", "llvmlite", "cuda", "tokenizers", "gguf", "torch", "jinja2", "huggingface_hub")
