@@ -41,7 +41,6 @@ class Console:
         self.quiet, self.debug = quiet, debug
         log = logging.getLogger("gllm_driver")
         log.handlers[:] = [_LogHandler(self)]
-        log.propagate = False
         log.setLevel(logging.DEBUG if debug else logging.WARNING)
         if debug:
             import faulthandler

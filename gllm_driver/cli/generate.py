@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import GllmError
 from .console import Console
 from .options import SEED_MAX, DeviceType, TextType, TokensType, check_sampling, read_prompt
 from .outcome import EXIT_CODES, guarded, interrupted_code
 
 if TYPE_CHECKING:
     from ..llm import LLM, GenerationResult, TextStream
+
+log = logging.getLogger("gllm_driver.cli")
 
 POSITIVE = click.IntRange(min=1)
 _SAMPLING = (
@@ -109,6 +113,7 @@ def generate(
 
     if model is None:
         console.note("no --model: this is the built-in demonstration model, which only imitates Python code")
+    log.debug("loading %s", model or "the demonstration model")
     with gllm.load(
         model, device=device, dtype=dtype, threads=threads, context_length=context, progress=console.progress
     ) as llm:
@@ -132,6 +137,7 @@ def _print(stream: TextStream, console: Console, *, as_json: bool) -> tuple[Gene
     # A terminal or file that cannot hold a character gets a question mark; JSON is UTF-8 by its standard.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(**({"encoding": "utf-8"} if as_json else {"errors": "replace"}))
+    log.debug("generating")
     with console.printing() as output, stream:
         try:
             for piece in stream:
@@ -140,6 +146,9 @@ def _print(stream: TextStream, console: Console, *, as_json: bool) -> tuple[Gene
         except KeyboardInterrupt as error:
             interrupt = error
             stream.close()
+        except GllmError:
+            output.end_line()
+            raise
         result = stream.result
         if as_json:
             output.write(json.dumps(as_object(result), ensure_ascii=False))

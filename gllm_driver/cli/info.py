@@ -33,7 +33,7 @@ def info(*, model: str | None, as_json: bool, debug: bool) -> None:
     console.configure(quiet=False, debug=debug)
     facts = _installation()
     if model is not None:
-        from ..load.open import open_checkpoint
+        from ..loaders.open import open_checkpoint
 
         facts["model"] = describe(open_checkpoint(model, progress=None if console.interactive else False))
     with console.printing() as output:
