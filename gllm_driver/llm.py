@@ -314,7 +314,8 @@ def load(
         arch = checkpoint.arch
         kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        context = _context_length(arch.context_length, context_length, one_page.page_nbytes)
+        fits = int(KV_MEMORY_SHARE * backend.available_memory()) // one_page.page_nbytes * PAGE_SIZE
+        context = _context_length(arch.context_length, context_length, fits)
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
         num_pages = -(-context // PAGE_SIZE)
         kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
@@ -331,14 +332,12 @@ def default_kv_dtype(checkpoint: Checkpoint) -> str:
     return stored if stored in FLOAT_DTYPES else "f16"
 
 
-def _context_length(models: int, wanted: int | None, page_nbytes: int) -> int:
+def _context_length(models: int, wanted: int | None, fits: int) -> int:
+    """The context asked for, else the model's own as far as it fits in memory."""
     if wanted is not None:
         if wanted < 1:
             raise RequestError(f"context_length must be at least 1, got {wanted}")
         if wanted > models:
             raise RequestError(f"context_length {wanted} is more than the {models} tokens the model was made for")
         return wanted
-    from cpu_backend.memory import available_nbytes
-
-    fits = int(KV_MEMORY_SHARE * available_nbytes()) // page_nbytes * PAGE_SIZE
     return max(min(models, fits), min(models, PAGE_SIZE))

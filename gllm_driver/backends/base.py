@@ -147,6 +147,9 @@ class Backend(Protocol):
     def get_memory_pressure(self) -> float:
         """Share of the device's memory in use, 0.0 … 1.0."""
 
+    def available_memory(self) -> int:
+        """Bytes of the device's memory that could be reserved now."""
+
     def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
         """Final hidden states pooled per sequence."""
 
