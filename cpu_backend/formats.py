@@ -14,7 +14,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .emit import emit_loop, i64
-from .matmul import BLOCK_NBYTES, ITEM_NBYTES
+from .matmul import BLOCK_FORMATS, ITEM_NBYTES
 from .simd import (
     F32,
     LANES,
@@ -56,7 +56,7 @@ def make_dequantize(dtype: str) -> tuple[Callable, tuple]:
                 k += 1
 
         return dequantize_float, (types.int64,) * 3
-    nbytes = BLOCK_NBYTES[dtype]
+    nbytes = BLOCK_FORMATS[dtype].nbytes
     if dtype == "q8_0":
 
         def dequantize_q8_0(row, K, out):
