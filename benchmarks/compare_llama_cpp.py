@@ -4,8 +4,8 @@
     python benchmarks/compare_llama_cpp.py MODEL.gguf [MODEL.gguf …] [--threads N] [--rounds 5]
 
 Each round starts each engine in a fresh process, which times a prefill of --prompt tokens and a decode of --decode
-tokens a few times and keeps the best. Printed: the median over rounds, and the median of the ratio within each round, so
-that drift of the machine cancels out. The last columns are the share of this machine's read bandwidth that decoding
+tokens a few times and keeps the best. Printed: the median over rounds, and the median of the ratio within each round,
+so that drift of the machine cancels out. The last columns are the share of this machine's read bandwidth that decoding
 reaches.
 """
 
