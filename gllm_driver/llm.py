@@ -316,6 +316,7 @@ def load(
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
         fits = int(KV_MEMORY_SHARE * backend.available_memory()) // one_page.page_nbytes * PAGE_SIZE
         context = _context_length(arch.context_length, context_length, fits)
+        backend.prepare({t.dtype.name for t in checkpoint.tensors.values()} | {kv_dtype})
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
         num_pages = -(-context // PAGE_SIZE)
         kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)

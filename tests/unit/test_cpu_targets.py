@@ -90,4 +90,5 @@ def test_unknown_target_is_named() -> None:
         env={**os.environ, "GLLM_CPU_TARGET": "pentium"},
     )
     assert run.returncode != 0
+    assert "BackendUnavailableError" in run.stderr
     assert "'pentium' is not one of host, x86-64-v3" in run.stderr
