@@ -136,7 +136,9 @@ class Library:
             llvm.initialize_native_target()
             llvm.initialize_native_asmprinter()
             machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+            # llvmlite's own memory manager keeps an object's sections together: in a process whose address space is
+            # crowded (CUDA reserves much of it) they land too far apart for 32-bit relocations otherwise
+            self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine, use_lmm=True)
         for code in codes.values():
             self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
