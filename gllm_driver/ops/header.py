@@ -6,7 +6,10 @@ compiled against one layout cannot be built against another, and `Contract.abi_h
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..types import DTYPES
 from . import CONTRACTS
@@ -15,7 +18,12 @@ from .contract import Array, Contract
 
 _C_ELEMENTS = {"f32": "float", "f64": "double", "i32": "int32_t", "i64": "int64_t", "u8": "uint8_t"}
 _C_FIELDS = {"int32": "int32_t", "float32": "float", "uint64": "uint64_t"}
-_NOTE = "// Generated from gllm_driver/ops by build_cubins.py. Do not edit.\n#pragma once\n\n#include <cstddef>\n#include <cstdint>\n"
+_NOTE = """// Generated from gllm_driver/ops. Do not edit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+"""
 
 
 def struct_name(op: str) -> str:
@@ -32,7 +40,7 @@ def _pointer(array: Array) -> str:
 def args_header(contract: Contract) -> str:
     """The argument struct of an op, field by field as `Contract.struct` lays it out."""
     struct, name = contract.struct, struct_name(contract.name)
-    fields = struct.fields or {}
+    fields: Mapping[str, Any] = struct.fields or {}
     arrays = {a.name: a for a in contract.arrays}
     lines, checks = [], []
     for field, (dtype, offset, *_) in fields.items():
@@ -98,6 +106,6 @@ def write_headers(folder: Path) -> None:
     for name, text in headers().items():
         path = folder / name
         if not path.exists() or path.read_text() != text:
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(text)
             temporary.replace(path)

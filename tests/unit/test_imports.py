@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"errors", "types", "config"},
     {"ops"},
-    {"cpu_backend", "driver", "quant"},
+    {"cpu_backend", "driver", "launch", "quant"},
     {"backends"},
     {"models", "kv"},
     {"loaders"},
