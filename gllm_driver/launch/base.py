@@ -38,8 +38,3 @@ class Launch:
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up, for a ≥ 0."""
     return -(-a // b)
-
-
-def rows_and_columns(rows: int, columns: int) -> tuple[int, int]:
-    """A grid of at most MAX_GRID_YZ in y for `rows` × `columns` blocks: kernels walk rows by gridDim.y."""
-    return max(1, columns), min(max(1, rows), MAX_GRID_YZ)

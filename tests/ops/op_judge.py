@@ -115,13 +115,13 @@ class Judge:
         assert {a.name for a in outputs} == set(self.exact) == set(actual)
         for array in outputs:
             expected = self.exact[array.name]
-            if self.dtype(array).startswith("i"):
+            if self.dtype(array).startswith(("i", "u")):
                 bad = actual[array.name] != expected
                 assert not bad.any(), f"{array.name}: {first_difference(actual[array.name], expected, bad)}"
             else:
                 stored = rounded(expected, self.dtype(array))
                 check_pattern(array.name, actual[array.name], stored, finite_only=self.int8)
-        floats = [a for a in outputs if not self.dtype(a).startswith("i")]
+        floats = [a for a in outputs if not self.dtype(a).startswith(("i", "u"))]
         if not self.int8:
             self.check_within(floats, actual, [self.exact])
             return
