@@ -95,6 +95,13 @@ __device__ __forceinline__ uint4 load_stream16(const void *p) {
   return v;
 }
 
+// ---- 2^x to about 2 units in the last place; results below 2^-126 are 0
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- reductions over a full warp; every lane gets the result. The simulator does each as one collective, in this order.
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
@@ -113,6 +120,7 @@ __device__ __forceinline__ float warp_max(float v) {  // fmaxf: a NaN loses to a
 #include "hostsim.h"
 
 __device__ __forceinline__ uint4 load_stream16(const void *p) { return *static_cast<const uint4 *>(p); }
+__device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }
 
 #endif
 
