@@ -70,12 +70,12 @@ class Builder:
         text += "".join(
             f'static hs::Registered hostsim_registered_{n}(hs::KernelOf<&{n}>::named("{n}"));\n' for n in names
         )
-        return self.compile_text(source.stem, text, self.flags)
+        return self.compile_text(f"{source.parent.name}-{source.stem}", text, self.flags)
 
     def host(self, source: Path) -> Path:
         """The object of one C++ file of the engine or the stub driver."""
         text = run([self.compiler, *self.engine_flags, "-E", str(source)])
-        return self.compile_text(source.stem, text, self.engine_flags)
+        return self.compile_text(f"{source.parent.name}-{source.stem}", text, self.engine_flags)
 
     def compile_text(self, stem: str, text: str, flags: list[str]) -> Path:
         key = hashlib.sha256("\0".join([self.compiler, *flags, text]).encode()).hexdigest()[:16]
@@ -113,7 +113,7 @@ def build(
     jobs: int | None = None,
 ) -> Path:
     """Build into `out` and return it. Raises BuildError with every compiler's complaint."""
-    out = out or default_folder(sanitizer)
+    out = out or default_folder(sanitizer, ops)
     builder = Builder(out, sanitizer, compiler)
     lock = (out / ".lock").open("w")  # one build at a time in a folder; released when the file closes
     fcntl.flock(lock, fcntl.LOCK_EX)
@@ -140,9 +140,10 @@ def build(
     return out
 
 
-def default_folder(sanitizer: str = "none") -> Path:
-    """Where a build goes unless told otherwise."""
-    return ROOT / "build" / ("hostsim" if sanitizer == "none" else f"hostsim-{sanitizer}")
+def default_folder(sanitizer: str = "none", ops: list[str] | None = None) -> Path:
+    """Where a build goes unless told otherwise; one of a few ops leaves the full one alone."""
+    parts = ["hostsim", *([] if sanitizer == "none" else [sanitizer]), *(ops or [])]
+    return ROOT / "build" / "-".join(parts)
 
 
 def write_generated_headers() -> None:
@@ -156,7 +157,7 @@ def write_generated_headers() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--san", choices=sorted(OPTIMIZE), default="none", help="sanitizer to build with")
-    parser.add_argument("--out", type=Path, help="folder to build in (default: build/hostsim[-SAN])")
+    parser.add_argument("--out", type=Path, help="folder to build in (default: build/hostsim[-SAN][-OPS])")
     parser.add_argument("--op", help="comma-separated ops to build (default: every kernels_cu/*.cu)")
     parser.add_argument("--cxx", default=os.environ.get("CXX", "g++"), help="C++ compiler (default: $CXX or g++)")
     parser.add_argument("--jobs", type=int, help="compilers to run at once (default: one per processor)")
