@@ -84,7 +84,7 @@ class Cache:
 
 def tile_row_nbytes(head_dim: int) -> int:
     """Bytes of a row of 16-bit elements in a shared-memory tile: TileShape in kernels_cu/common/attention.cuh."""
-    return 2 * head_dim if head_dim % 64 == 0 else 2 * head_dim + 16
+    return 2 * head_dim + 16
 
 
 def rows_smem_nbytes(head_dim: int) -> int:

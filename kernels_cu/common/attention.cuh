@@ -85,16 +85,14 @@ __device__ __forceinline__ void fold(float &m, float &l, float &o, float new_m, 
   o = o * keep + new_o * add;
 }
 
-// ---- 16-bit tiles in shared memory for ldmatrix: rows of D elements in 16-byte chunks, eight rows' equal chunks in different banks.
+// ---- 16-bit tiles in shared memory for ldmatrix: rows of D elements and 16 bytes of padding, which puts equal chunks of
+// eight rows in different banks (D / 8 + 1 is odd) and leaves every offset within a tile a constant of the instruction.
 template <int D>
 struct TileShape {
   static_assert(D % 16 == 0, "mma takes 16 dims at a time");
-  static constexpr int kChunks = D / 8;
-  static constexpr bool kSwizzled = kChunks % 8 == 0;  // else a padding chunk does it, kChunks + 1 being odd
-  static constexpr int kStride = kSwizzled ? D : D + 8;
-  static __device__ __forceinline__ int at(int row, int chunk) {
-    return row * kStride + (kSwizzled ? chunk ^ (row & 7) : chunk) * 8;
-  }
+  static constexpr int kChunks = D / 8;  // of 16 bytes
+  static constexpr int kStride = D + 8;
+  static __device__ __forceinline__ int at(int row, int chunk) { return row * kStride + chunk * 8; }
 };
 
 template <class H>
