@@ -194,8 +194,7 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   FLASH(dtype, H, 64, 64, 2, 4, 64)     \
   FLASH(dtype, H, 80, 80, 2, 4, 64)     \
   FLASH(dtype, H, 96, 96, 2, 4, 64)     \
-  FLASH(dtype, H, 128, 128, 2, 4, 64)   \
-  FLASH(dtype, H, 128, 128_k32, 2, 4, 32)   \
+  FLASH(dtype, H, 128, 128, 2, 4, 32)   \
   FLASH(dtype, H, 256, 256, 1, 8, 32)   \
   FLASH(dtype, H, 256, 256_m64, 1, 4, 16) \
   SPLIT(dtype, H, 64)                   \

@@ -14,7 +14,7 @@ __device__ __forceinline__ int64_t only_query(const PagedAttentionArgs &, int se
   }
 #define ROWS(dtype, E, max_dim)                                                               \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                  \
-      paged_attention__rows_##dtype##_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
+      paged_attention__rows_split_##dtype##_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
     split_rows<E, max_dim / 32>(a, scratch);                                                  \
   }
 

@@ -72,14 +72,9 @@ class Cache:
         """Blocks that share a sequence's span: a KV head each, more where it has over GROUP_HEADS query heads."""
         return self.HK * ceil_div(self.H // self.HK, GROUP_HEADS)
 
-    def symbol(self, family: str) -> str:
-        if self.tensor_cores:
-            return f"{self.op}__{family}_{self.dtype}_d{self.Dh}"
-        return f"{self.op}__{self.rows_family(family)}_{self.dtype}_d{next(d for d in ROWS_DIMS if self.Dh <= d)}"
-
-    @staticmethod
-    def rows_family(family: str) -> str:
-        return "rows" if family == "split" else f"rows_{family}"
+    def rows_symbol(self, family: str) -> str:
+        """The kernel of a family that is not on tensor cores."""
+        return f"{self.op}__{family}_{self.dtype}_d{next(d for d in ROWS_DIMS if self.Dh <= d)}"
 
 
 def tile_row_nbytes(head_dim: int) -> int:
@@ -111,12 +106,12 @@ def split_launches(cache: Cache, device: DeviceProps, deterministic: bool) -> li
     splits = max_splits(cache, device, deterministic)
     workspace = HEADER_NBYTES + cache.S * cache.H * splits * (2 + cache.Dh) * 4
     if cache.tensor_cores:
-        warps = 2 if cache.Dh > 128 else 4
+        symbol, warps = f"{cache.op}__split_{cache.dtype}_d{cache.Dh}", 2 if cache.Dh > 128 else 4
         smem = warps * 2 * 2 * 16 * tile_row_nbytes(cache.Dh)  # stages, keys and values, keys of a tile
     else:
-        warps, smem = ROWS_WARPS, rows_smem_nbytes(cache.Dh)
+        symbol, warps, smem = cache.rows_symbol("rows_split"), ROWS_WARPS, rows_smem_nbytes(cache.Dh)
     grid = (splits, cache.head_groups, cache.S)
-    found = [Launch(cache.symbol("split"), grid, (32 * warps, 1, 1), smem, workspace)]
+    found = [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace)]
     if splits > 1:
         found.append(Launch(f"{cache.op}__merge", (cache.H, cache.S, 1), (MERGE_THREADS, 1, 1), 0, workspace))
     return found
