@@ -74,10 +74,14 @@ def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[s
 
 def build(tree: Tree, nvcc: Nvcc, targets: Iterable[Target], jobs: int, verbose: bool) -> list[str]:
     """Build what is not current, publish what succeeded, and return what went wrong."""
+    with tree.locked():
+        return _build(tree, nvcc, list(targets), jobs, verbose)
+
+
+def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bool) -> list[str]:
     manifest = tree.read_manifest()
     files: dict[str, Any] = manifest["files"]
     write_headers(tree.kernels / "generated")
-    targets = list(targets)
     stale = [t for t in targets if not is_current(tree, t, files.get(t.file), nvcc.version)]
     problems: list[str] = []
     scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=tree.cubin))
@@ -206,8 +210,7 @@ def main(archs: str | None, ops: tuple[str, ...], checking: bool, jobs: int, ver
                 click.echo(f"nvcc is {nvcc.version}; committed binaries come from {OF_RECORD}", err=True)
             for arch in {t.arch for t in targets}:
                 nvcc.check_arch(arch)
-            with tree.locked():
-                problems = build(tree, nvcc, targets, jobs, verbose)
+            problems = build(tree, nvcc, targets, jobs, verbose)
     except BuildError as error:
         problems = [str(error)]
     for problem in problems:

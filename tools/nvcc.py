@@ -168,7 +168,7 @@ def max_threads(cubin: bytes) -> dict[str, int]:
         raise BuildError("the compiler's output is no ELF file")
     table, count, names_at = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HH", cubin, 60)
     headers = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
-    strings = headers[names_at][4]
+    strings = headers[names_at][4] if headers else 0
     found: dict[str, int] = {}
     for name_at, _, _, _, offset, nbytes in headers:
         name = cubin[strings + name_at : cubin.index(b"\0", strings + name_at)].decode()

@@ -17,7 +17,7 @@ SPLIT_FROM = 16_384  # vocabulary size from which several blocks per row pay for
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """One launch or four; nothing for no rows. The choice looks at the vocabulary alone: params may change in replay."""
+    """One launch or four; nothing for no rows. Only the vocabulary decides: params may change between replays."""
     rows, vocab_size = int(a["S"]), int(a["V"])
     if not rows:
         return []

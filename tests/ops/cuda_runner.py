@@ -1,7 +1,7 @@
 """Runs an op's CUDA kernels on arrays of a test case: on the simulated device directly, or through the driver.
 
-Both are runners as op_harness wants them. `direct()` calls the host-compiled kernels on the test's own memory, which lies
-between guards and is poisoned. `through_driver()` copies that memory, guards included, to a device (simulated or real)
+Both are runners as op_harness wants them. `direct()` calls the host-compiled kernels on the test's own memory, which
+lies between guards and is poisoned. `through_driver()` copies that memory, guards included, to a device (simulated or real)
 and back, so the guards are checked after the trip.
 """
 

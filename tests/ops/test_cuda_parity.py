@@ -1,4 +1,4 @@
-"""Every op's CUDA kernels, in every dtype, on every case, against the reference of its contract, on the simulated device."""
+"""Every op's CUDA kernels on the simulated device, in every dtype, on every case, against their contract's reference."""
 
 from __future__ import annotations
 
