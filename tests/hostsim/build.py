@@ -66,7 +66,7 @@ class Builder:
         text = run([self.compiler, *self.flags, *includes, "-x", "c++", "-E", str(source)])
         names = KERNEL.findall(text)
         if not names:
-            raise BuildError(f"{source}: no kernel: nothing reads extern \"C\" __global__ void name(…)")
+            raise BuildError(f'{source}: no kernel: nothing reads extern "C" __global__ void name(…)')
         text += "".join(
             f'static hs::Registered hostsim_registered_{n}(hs::KernelOf<&{n}>::named("{n}"));\n' for n in names
         )
@@ -91,7 +91,7 @@ class Builder:
         return target
 
     def link(self, name: str, objects: list[Path], *flags: str) -> None:
-        """Link when an object is newer, and put the library in place in one step: processes may be using the old one."""
+        """Link unless the objects are the same, and replace the library in one step: processes may be using it."""
         target = self.out / name
         listing = "\n".join(str(o) for o in objects)
         record = self.objects / f"{name}.objects"
@@ -122,7 +122,9 @@ def build(
     if ops is not None:
         unknown = set(ops) - {k.stem for k in kernels}
         if unknown:
-            raise BuildError(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(k.stem for k in kernels)}")
+            raise BuildError(
+                f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(k.stem for k in kernels)}"
+            )
         kernels = [k for k in kernels if k.stem in ops]
     kernels += sorted(TEST_KERNELS.glob("*.cu"))
     with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:

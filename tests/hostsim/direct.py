@@ -104,7 +104,7 @@ class HostKernels:
         device: DeviceProps = A100_LIKE,
         deterministic: bool = True,
     ) -> None:
-        """Check a call against its contract and run the launches its arithmetic says; scratch memory is NaN, guarded."""
+        """Check a call against its contract and run the launches its arithmetic says; scratch memory is guarded NaN."""
         args = CONTRACTS[op].bind(arrays, scalars)
         dtypes = {name: tensor.dtype.name for name, tensor in arrays.items() if tensor is not None}
         todo = launches(op, args, dtypes, device, deterministic)
