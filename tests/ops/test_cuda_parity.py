@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import direct, kernel_ops
+from cuda_runner import contract_for, direct, kernel_ops
 from op_harness import label, run_case, storages
 from op_memory import Storage
 
@@ -36,7 +36,7 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize(("op", "case", "storage", "index"), parameters())
 def test_parity(op: str, case: Case, storage: Storage, index: int) -> None:
     shift = index % 2 * (1 + index % 7)  # every other one at alignments no better than an element's
-    run_case(CONTRACTS[op], case, storage, direct(), shift)
+    run_case(contract_for(op, case, storage), case, storage, direct(), shift)
 
 
 def test_aligned_rows_take_the_vector_paths() -> None:
