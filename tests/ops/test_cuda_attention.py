@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import ROOT, contract_for, direct
+from cuda_runner import ROOT, direct
+from cuda_tolerance import contract_for
 from op_harness import run_case, storages
 from op_memory import encode
 

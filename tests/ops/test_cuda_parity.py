@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import contract_for, direct, kernel_ops
+from cuda_runner import direct, kernel_ops
+from cuda_tolerance import contract_for
 from op_harness import label, run_case, storages
 from op_memory import Storage
 
