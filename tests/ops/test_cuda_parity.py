@@ -1,4 +1,4 @@
-"""Every op's CUDA kernels on the simulated device, in every dtype, on every case, against their contract's reference."""
+"""Every op's CUDA kernels on the simulated device, in every dtype, on every case, against the contract's reference."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import direct, kernel_ops
+from cuda_runner import ROOT, direct, kernel_ops, simulated_driver
 from cuda_tolerance import contract_for
 from op_harness import label, run_case, storages
 from op_memory import Storage
 
 from gllm_driver.config import SamplingConfig
+from gllm_driver.launch import Launch
 from gllm_driver.launch import sample as sample_launch
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops._case_tools import normal, rng
 from gllm_driver.ops._sample_cases import _case
 from gllm_driver.ops._sample_params import SEEN_IN_PROMPT
 from gllm_driver.ops.contract import Case
+from gllm_driver.types import Tensor
 
 pytestmark = pytest.mark.hostsim
 
@@ -106,19 +108,37 @@ def test_long_rows_take_several_tiles_per_block(blocks: int, monkeypatch: pytest
 
 
 def tokens_of(case: Case) -> list[int]:
-    from gllm_driver.types import DTYPES, Tensor
-
     arrays = {name: values.copy() for name, values in case.arrays.items()}
     arrays["tokens"] = np.full(len(arrays["logits"]), -7, np.int32)
     tensors: dict[str, Tensor | None] = {n: Tensor.from_numpy(a) for n, a in arrays.items()}
-    assert tensors["tokens"] is not None
-    assert tensors["tokens"].dtype is DTYPES["i32"]
     direct()("sample", tensors, {})
     return [int(t) for t in arrays["tokens"]]
 
 
 def test_the_scratch_of_a_row_is_as_large_as_its_struct() -> None:
-    from cuda_runner import ROOT
-
     text = (ROOT / "kernels_cu" / "sample.cu").read_text()
     assert f"static_assert(sizeof(RowScratch) == {sample_launch.ROW_SCRATCH_NBYTES}," in text
+
+
+@pytest.mark.parametrize("op", kernel_ops())
+def test_through_the_driver(op: str) -> None:
+    """The committed binaries' names, parameters and limits, and real addresses: one case of each op in every dtype."""
+    contract = CONTRACTS[op]
+    assert contract.cases is not None
+    case = max(contract.cases(), key=lambda c: sum(a.size for a in c.arrays.values()) % 20_011)
+    for shift, storage in enumerate(storages(contract, case)):
+        run_case(contract, case, storage, simulated_driver(), shift % 3)
+
+
+@pytest.mark.parametrize("where", ["before", "beyond"])
+def test_the_driver_runner_sees_writes_around_scratch_memory(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = simulated_driver()
+
+    class Spoiler:
+        def launch(self, grid: object, block: object, smem: int, stream: Any, params: Any) -> None:
+            scratch = int.from_bytes(params.values[1].tobytes(), "little")
+            runner.device.fill(scratch - 1 if where == "before" else scratch + 64, 0, 1, stream)
+
+    monkeypatch.setattr(runner.library, "function", lambda symbol: Spoiler())
+    with pytest.raises(AssertionError, match=f"written {where} the scratch memory"):
+        runner.launch([Launch("sample__scan", (1, 1, 1), (32, 1, 1), 0, 64)], np.zeros((), np.int32))
