@@ -92,7 +92,7 @@ class Device:
         self._lock = threading.Lock()
         self._h2d_nbytes = self._d2h_nbytes = 0
         self._resources: dict[int, Resource] = {}  # by id, in order of creation
-        self._buffers: weakref.WeakSet[DeviceBuffer | PinnedBuffer] = weakref.WeakSet()
+        self._buffers: weakref.WeakSet[DeviceBuffer] = weakref.WeakSet()
         self._pool = MemoryPool(self)
 
     # ---- figures
@@ -148,9 +148,7 @@ class Device:
 
     def pinned(self, nbytes: int) -> PinnedBuffer:
         """Host memory the device can copy to and from at full speed, and kernels can address."""
-        buffer = PinnedBuffer(self, nbytes)
-        self._buffers.add(buffer)
-        return buffer
+        return PinnedBuffer(self, nbytes)
 
     def mem_info(self) -> tuple[int, int]:
         """(free, total) bytes of the device, all programs counted."""

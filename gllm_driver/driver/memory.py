@@ -118,7 +118,10 @@ class DeviceBuffer:
 
 
 class PinnedBuffer:
-    """Page-locked host memory at `address`, which kernels can use as well (unified addressing)."""
+    """Page-locked host memory at `address`, which kernels can use as well (unified addressing).
+
+    Freed by `free()` or with the device, not with its last reference: copies under way and views still use the memory.
+    """
 
     def __init__(self, device: Device, nbytes: int) -> None:
         self.address = 0
@@ -128,6 +131,7 @@ class PinnedBuffer:
         with device:
             self.address = int(call(cu.cuMemHostAlloc, nbytes, 0))
         self.nbytes = nbytes
+        device.keep(self)
 
     def view(self, dtype: Any = np.uint8) -> np.ndarray:
         """The memory as a flat array; it must not be used after `free()`."""
@@ -142,6 +146,9 @@ class PinnedBuffer:
         address, self.address = self.address, 0
         if address:
             cleanup(cu.cuMemFreeHost, address, context=self._device.context)
+            self._device.drop(self)
+
+    close = free
 
 
 def size_text(nbytes: int) -> str:

@@ -57,6 +57,15 @@ class HostKernels:
             found.append(name.decode())
         return sorted(found)
 
+    def param_nbytes(self, symbol: str) -> list[int]:
+        """Sizes of a kernel's parameters. KeyError for a symbol the build does not have."""
+        kernel = self.library.hostsim_kernel(symbol.encode())
+        if not kernel:
+            raise KeyError(f"no kernel {symbol}; there are {', '.join(self.names())}")
+        sizes = ctypes.POINTER(ctypes.c_size_t)()
+        count = self.library.hostsim_kernel_params(ctypes.c_void_p(kernel), ctypes.byref(sizes))
+        return [sizes[i] for i in range(count)]
+
     def launch(
         self,
         symbol: str,
@@ -69,20 +78,16 @@ class HostKernels:
 
         Raises KernelFailedError; KeyError for a symbol the build does not have.
         """
-        kernel = self.library.hostsim_kernel(symbol.encode())
-        if not kernel:
-            raise KeyError(f"no kernel {symbol}; there are {', '.join(self.names())}")
-        sizes = ctypes.POINTER(ctypes.c_size_t)()
-        count = self.library.hostsim_kernel_params(ctypes.c_void_p(kernel), ctypes.byref(sizes))
+        expected = self.param_nbytes(symbol)
         values = [bytes(p) if not isinstance(p, int) else p.to_bytes(8, "little") for p in params]
-        given, expected = [len(v) for v in values], [sizes[i] for i in range(count)]
+        given = [len(v) for v in values]
         if given != expected:
             raise TypeError(f"{symbol} takes parameters of {expected} bytes, got {given}")
         buffers = [ctypes.create_string_buffer(v, len(v)) for v in values]
         pointers = (ctypes.c_void_p * max(1, len(buffers)))(*[ctypes.addressof(b) for b in buffers])
         error = ctypes.create_string_buffer(1024)
         failed = self.library.hostsim_launch(
-            kernel,
+            self.library.hostsim_kernel(symbol.encode()),
             (ctypes.c_uint * 3)(*grid),
             (ctypes.c_uint * 3)(*block),
             smem_nbytes,

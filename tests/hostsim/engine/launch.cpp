@@ -10,6 +10,7 @@
 #include <mutex>
 #include <thread>
 
+#include "fault.h"
 #include "fibers.h"
 
 namespace hs {
@@ -163,6 +164,7 @@ Registered::Registered(Kernel k) : kernel(k), next(registered) { registered = th
 
 Engine *this_threads_engine() {
   if (engine) return engine;
+  prepare_fault_stack();
   engine = new Engine;
   engine->fibers = new Fiber[kMaxThreads]();
   engine->warps = new Warp[kMaxWarps]();
@@ -242,6 +244,7 @@ bool launch(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_nbytes, v
     acquire(&e.sync_end);
     drop_shared();
   };
+  FaultGuard guard;
   static Workers *workers = new Workers;  // never destroyed: its threads may outlive static destructors
   int n = static_cast<int>(std::min<uint64_t>(config.num_threads, num_blocks));
   if (n <= 1)

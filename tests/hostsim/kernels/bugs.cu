@@ -116,3 +116,8 @@ extern "C" __global__ void __launch_bounds__(128) bugs__misaligned_copy(float *o
 extern "C" __global__ void __launch_bounds__(128) bugs__block_order(float *out, const float *in) {
   if (threadIdx.x == 0) out[0] = out[0] * 2 + in[blockIdx.x];
 }
+
+extern "C" __global__ void __launch_bounds__(128) bugs__null_pointer(float *out, const float *in) {
+  const float *nothing = pointer_at<const float>(in[0] > 0 ? 0 : 1);
+  out[threadIdx.x] = nothing[threadIdx.x];
+}
