@@ -35,7 +35,7 @@ ROWS(f16, __half, 256)
 ROWS(bf16, bf16, 128)
 ROWS(bf16, bf16, 256)
 
-extern "C" __global__ void __launch_bounds__(kMergeThreads)
+extern "C" __global__ void __launch_bounds__(kMergeThreads, 1)
     paged_attention__merge(const __grid_constant__ PagedAttentionArgs a, void *scratch) {
   merge_parts(a, scratch);
 }
