@@ -17,7 +17,7 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   using Tile = TileShape<D>;
   constexpr int kKeys = Shape::kKeys, kThreads = Shape::kThreads, kBlocks = Shape::kBlocks;
   DYN_SHARED(unsigned char, shared);
-  SHARED(int64_t, located, 2 * kKeys);  // element offsets of the keys of this tile and the next; -1: no row sees it
+  SHARED(int64_t, located, 2 * kKeys);  // where the keys of this tile and the next are; -1: no row sees it
   H *const queries = reinterpret_cast<H *>(shared);                // [kRows]
   H *const ring = queries + Shape::kRows * Tile::kStride;          // [kStages][keys, values][kKeys]
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, heads = heads_per_kv(a);
@@ -31,7 +31,7 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   const int p0 = static_cast<int>(a.positions[first_token]);  // of the sequence's first query; the rest follow it
   const int first_position = p0 + tile.first / heads, last_position = p0 + (tile.first + num_rows - 1) / heads;
   const KeyRange seen = {visible_begin(a, first_position), last_position + 1};
-  const HeadCache<H> cache = head_cache<H>(a, tile.sequence, kv_head);
+  const HeadCache cache = head_cache(a, tile.sequence, kv_head, 2);
 
   auto locate = [&](int tile_begin) {  // into located, at the tile's parity
     for (int i = tid; i < kKeys; i += kThreads) {
@@ -42,14 +42,15 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   };
   auto load = [&](int tile_begin) {
     H *const keys = ring + tile_begin / kKeys % 2 * 2 * Shape::kTile, *const values = keys + Shape::kTile;
-    static_assert(kKeys * Tile::kChunks % kThreads == 0, "every thread copies as often");
 #pragma unroll
-    for (int i = 0; i < kKeys * Tile::kChunks / kThreads; i++) {
-      const int index = i * kThreads + tid, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    for (int i = 0; i < ceil_div(kKeys * Tile::kChunks, kThreads); i++) {
+      const int index = i * kThreads + tid;
+      if (index >= kKeys * Tile::kChunks) break;  // only where the threads do not divide the chunks
+      const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
       const int64_t offset = located[tile_begin / kKeys % 2 * kKeys + row];
-      const H *key = cache.head + (offset < 0 ? 0 : offset) + chunk * 8;
+      const unsigned char *key = cache.head + (offset < 0 ? 0 : offset) + chunk * 16;
       cp_async16(keys + Tile::at(row, chunk), key, offset >= 0);
-      cp_async16(values + Tile::at(row, chunk), key + (offset < 0 ? 0 : cache.value_offset), offset >= 0);
+      cp_async16(values + Tile::at(row, chunk), key + cache.value_offset, offset >= 0);
     }
   };
 
@@ -148,7 +149,7 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
 }
 
 // Any head_dim, one query token and group of heads a block: grid (tokens, head groups).
-template <class E, int kPerLane>
+template <int kPerLane>
 __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   DYN_SHARED(unsigned char, shared);
   const int token = blockIdx.x;
@@ -166,7 +167,7 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   const int position = static_cast<int>(a.positions[token]);
   const HeadGroup group(a, blockIdx.y);
   const WarpParts<kRowsWarps> parts(shared);
-  attend_rows<E, kPerLane>(a, head_cache<E>(a, sequence, group.kv_head), group, token, {visible_begin(a, position), position + 1}, parts);
+  attend_rows<kPerLane>(a, sequence, group, token, {visible_begin(a, position), position + 1}, parts);
   __syncthreads();
   store_parts<kRowsWarps>(a, parts, group, token, Partials(a, nullptr, 1), 0, 0, true);
 }
@@ -181,19 +182,19 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
       flash_attention__split_##dtype##_d##D(const __grid_constant__ FlashAttentionArgs a, void *scratch) { \
     split_attention<H, D>(a, scratch);                                                                     \
   }
-#define ROWS(dtype, E, max_dim)                                                                            \
-  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                               \
-      flash_attention__rows_##dtype##_d##max_dim(const __grid_constant__ FlashAttentionArgs a) {           \
-    flash_rows<E, max_dim / 32>(a);                                                                        \
+#define ROWS(max_dim)                                                                                      \
+  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
+      flash_attention__rows_d##max_dim(const __grid_constant__ FlashAttentionArgs a) {                     \
+    flash_rows<max_dim / 32>(a);                                                                           \
   }                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                               \
-      flash_attention__rows_split_##dtype##_d##max_dim(const __grid_constant__ FlashAttentionArgs a, void *scratch) { \
-    split_rows<E, max_dim / 32>(a, scratch);                                                               \
+  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
+      flash_attention__rows_split_d##max_dim(const __grid_constant__ FlashAttentionArgs a, void *scratch) { \
+    split_rows<max_dim / 32>(a, scratch);                                                                  \
   }
 #define TENSOR_CORES(dtype, H)          \
-  FLASH(dtype, H, 64, 64, 2, 4, 64)     \
-  FLASH(dtype, H, 80, 80, 2, 4, 64)     \
-  FLASH(dtype, H, 96, 96, 2, 4, 64)     \
+  FLASH(dtype, H, 64, 64, 2, 4, 32)     \
+  FLASH(dtype, H, 80, 80, 2, 4, 32)     \
+  FLASH(dtype, H, 96, 96, 2, 4, 32)     \
   FLASH(dtype, H, 128, 128, 2, 4, 32)   \
   FLASH(dtype, H, 256, 256, 1, 8, 32)   \
   FLASH(dtype, H, 256, 256_m64, 1, 4, 16) \
@@ -205,12 +206,8 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
 
 TENSOR_CORES(f16, __half)
 TENSOR_CORES(bf16, bf16)
-ROWS(f32, float, 128)
-ROWS(f32, float, 256)
-ROWS(f16, __half, 128)
-ROWS(f16, __half, 256)
-ROWS(bf16, bf16, 128)
-ROWS(bf16, bf16, 256)
+ROWS(128)
+ROWS(256)
 
 extern "C" __global__ void __launch_bounds__(kMergeThreads, 1)
     flash_attention__merge(const __grid_constant__ FlashAttentionArgs a, void *scratch) {

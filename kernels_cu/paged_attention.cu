@@ -12,10 +12,10 @@ __device__ __forceinline__ int64_t only_query(const PagedAttentionArgs &, int se
       paged_attention__split_##dtype##_d##D(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
     split_attention<H, D>(a, scratch);                                                        \
   }
-#define ROWS(dtype, E, max_dim)                                                               \
-  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                  \
-      paged_attention__rows_split_##dtype##_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
-    split_rows<E, max_dim / 32>(a, scratch);                                                  \
+#define ROWS(max_dim)                                                                         \
+  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                               \
+      paged_attention__rows_split_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
+    split_rows<max_dim / 32>(a, scratch);                                                     \
   }
 
 SPLIT(f16, __half, 64)
@@ -28,12 +28,8 @@ SPLIT(bf16, bf16, 80)
 SPLIT(bf16, bf16, 96)
 SPLIT(bf16, bf16, 128)
 SPLIT(bf16, bf16, 256)
-ROWS(f32, float, 128)
-ROWS(f32, float, 256)
-ROWS(f16, __half, 128)
-ROWS(f16, __half, 256)
-ROWS(bf16, bf16, 128)
-ROWS(bf16, bf16, 256)
+ROWS(128)
+ROWS(256)
 
 extern "C" __global__ void __launch_bounds__(kMergeThreads, 1)
     paged_attention__merge(const __grid_constant__ PagedAttentionArgs a, void *scratch) {

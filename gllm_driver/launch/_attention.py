@@ -74,7 +74,7 @@ class Cache:
 
     def rows_symbol(self, family: str) -> str:
         """The kernel of a family that is not on tensor cores."""
-        return f"{self.op}__{family}_{self.dtype}_d{next(d for d in ROWS_DIMS if self.Dh <= d)}"
+        return f"{self.op}__{family}_d{next(d for d in ROWS_DIMS if self.Dh <= d)}"
 
 
 def tile_row_nbytes(head_dim: int) -> int:

@@ -39,9 +39,9 @@ class Shape:
 
 
 SHAPES = (
-    Shape("d64", 64, rows=128, warps=4, keys=64),
-    Shape("d80", 80, rows=128, warps=4, keys=64),
-    Shape("d96", 96, rows=128, warps=4, keys=64),
+    Shape("d64", 64, rows=128, warps=4, keys=32),
+    Shape("d80", 80, rows=128, warps=4, keys=32),
+    Shape("d96", 96, rows=128, warps=4, keys=32),
     Shape("d128", 128, rows=128, warps=4, keys=32),
     Shape("d256", 256, rows=128, warps=8, keys=32),
     Shape("d256_m64", 256, rows=64, warps=4, keys=16),  # where a block may not have 136 kB of shared memory

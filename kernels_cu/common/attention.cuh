@@ -42,31 +42,31 @@ __device__ __forceinline__ int num_spans(KeyRange seen, int max_splits) {
   return ceil_div(seen.end - seen.begin, span_size(seen.end - seen.begin, max_splits));
 }
 
-// The cached keys and values of one KV head of one sequence: kv [NP, L, 2, HK, P, Dh].
-template <class E>
+// The cached keys and values of one KV head of one sequence: kv [NP, L, 2, HK, P, Dh]. Offsets count bytes.
 struct HeadCache {
-  const E *head;         // this layer's and head's keys in page 0
-  const int32_t *pages;  // this sequence's row of the page table
-  int64_t page_stride;   // elements
-  int64_t value_offset;  // from a key to its value, elements
-  int page_size, head_dim;
+  const unsigned char *head;  // this layer's and head's keys in page 0
+  const int32_t *pages;       // this sequence's row of the page table
+  int64_t page_stride;
+  int64_t value_offset;  // from a key to its value
+  int page_size, row_nbytes;
 
-  // Element offset of the key at a position; the only read of the page table.
+  // Where the key at a position lies, from `head` on; the only read of the page table.
   __device__ __forceinline__ int64_t key_offset(int position) const {
     const unsigned page = static_cast<unsigned>(position) / page_size, slot = static_cast<unsigned>(position) % page_size;
-    return pages[page] * page_stride + static_cast<int64_t>(slot) * head_dim;
+    return pages[page] * page_stride + static_cast<int64_t>(slot) * row_nbytes;
   }
 };
 
-template <class E, class Args>
-__device__ __forceinline__ HeadCache<E> head_cache(const Args &a, int sequence, int kv_head) {
-  const int64_t head_stride = static_cast<int64_t>(a.P) * a.Dh, part_stride = a.HK * head_stride;
-  return {static_cast<const E *>(a.kv) + a.layer * 2 * part_stride + kv_head * head_stride,
+template <class Args>
+__device__ __forceinline__ HeadCache head_cache(const Args &a, int sequence, int kv_head, int element_nbytes) {
+  const int row_nbytes = a.Dh * element_nbytes;
+  const int64_t head_nbytes = static_cast<int64_t>(a.P) * row_nbytes, part_nbytes = a.HK * head_nbytes;
+  return {static_cast<const unsigned char *>(a.kv) + a.layer * 2 * part_nbytes + kv_head * head_nbytes,
           a.page_table + static_cast<int64_t>(sequence) * a.MP,
-          a.L * 2 * part_stride,
-          part_stride,
+          a.L * 2 * part_nbytes,
+          part_nbytes,
           a.P,
-          a.Dh};
+          row_nbytes};
 }
 
 template <class Args>

@@ -9,10 +9,28 @@
 constexpr int kRowsWarps = 4;
 constexpr int kRowsThreads = kRowsWarps * 32;
 
-template <class E, int kPerLane, class Args>
-__device__ __forceinline__ void attend_rows(const Args &a, const HeadCache<E> &cache, const HeadGroup &group, int64_t token,
-                                            KeyRange keys, const WarpParts<kRowsWarps> &parts) {
+// This lane's elements of a stored row; zeros beyond its end.
+template <class E, int kPerLane>
+__device__ __forceinline__ void load_lane(const void *row, int lane, int n, float (&out)[kPerLane]) {
+#pragma unroll
+  for (int e = 0; e < kPerLane; e++) out[e] = lane + e * 32 < n ? to_f32(static_cast<const E *>(row)[lane + e * 32]) : 0.0f;
+}
+template <int kPerLane>
+__device__ __forceinline__ void load_lane(const void *row, int dtype, int lane, int n, float (&out)[kPerLane]) {
+  if (dtype == kCodeF32) {
+    load_lane<float>(row, lane, n, out);
+  } else if (dtype == kCodeF16) {
+    load_lane<__half>(row, lane, n, out);
+  } else {
+    load_lane<bf16>(row, lane, n, out);
+  }
+}
+
+template <int kPerLane, class Args>
+__device__ __forceinline__ void attend_rows(const Args &a, int sequence, const HeadGroup &group, int64_t token, KeyRange keys,
+                                            const WarpParts<kRowsWarps> &parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const HeadCache cache = head_cache(a, sequence, group.kv_head, a.kv_dtype == kCodeF32 ? 4 : 2);
   const float scale = log2_scale(a);
   float q[kGroupHeads][kPerLane], o[kGroupHeads][kPerLane], m[kGroupHeads], l[kGroupHeads];
 #pragma unroll
@@ -32,10 +50,8 @@ __device__ __forceinline__ void attend_rows(const Args &a, const HeadCache<E> &c
 #pragma unroll
     for (int h = 0; h < kGroupHeads; h++) p[h] = -INFINITY;
     for (int j = 0; j < n; j++) {
-      const E *key = cache.head + __shfl_sync(kFullMask, located, j);
       float k[kPerLane];
-#pragma unroll
-      for (int e = 0; e < kPerLane; e++) k[e] = lane + e * 32 < a.Dh ? to_f32(key[lane + e * 32]) : 0.0f;
+      load_lane(cache.head + __shfl_sync(kFullMask, located, j), a.kv_dtype, lane, a.Dh, k);
 #pragma unroll
       for (int h = 0; h < kGroupHeads; h++) {
         if (h < group.heads) {
@@ -59,10 +75,8 @@ __device__ __forceinline__ void attend_rows(const Args &a, const HeadCache<E> &c
       }
     }
     for (int j = 0; j < n; j++) {
-      const E *value = cache.head + __shfl_sync(kFullMask, located, j) + cache.value_offset;
       float v[kPerLane];
-#pragma unroll
-      for (int e = 0; e < kPerLane; e++) v[e] = lane + e * 32 < a.Dh ? to_f32(value[lane + e * 32]) : 0.0f;
+      load_lane(cache.head + cache.value_offset + __shfl_sync(kFullMask, located, j), a.kv_dtype, lane, a.Dh, v);
 #pragma unroll
       for (int h = 0; h < kGroupHeads; h++) {
         if (h < group.heads) {
@@ -88,7 +102,7 @@ __device__ __forceinline__ void attend_rows(const Args &a, const HeadCache<E> &c
 }
 
 // One query against one span: the same grid and scratch as split_attention.
-template <class E, int kPerLane, class Args>
+template <int kPerLane, class Args>
 __device__ __forceinline__ void split_rows(const Args &a, void *scratch) {
   DYN_SHARED(unsigned char, shared);
   const int split = blockIdx.x, sequence = blockIdx.z, max_splits = gridDim.x;
@@ -101,7 +115,7 @@ __device__ __forceinline__ void split_rows(const Args &a, void *scratch) {
   if (span.begin >= span.end) return;
   const HeadGroup group(a, blockIdx.y);
   const WarpParts<kRowsWarps> parts(shared);
-  attend_rows<E, kPerLane>(a, head_cache<E>(a, sequence, group.kv_head), group, token, span, parts);
+  attend_rows<kPerLane>(a, sequence, group, token, span, parts);
   __syncthreads();
   const bool is_whole = span.begin == seen.begin && span.end == seen.end;
   store_parts<kRowsWarps>(a, parts, group, token, Partials(a, scratch, max_splits),

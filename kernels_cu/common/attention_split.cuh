@@ -44,7 +44,7 @@ struct WarpRing {
   using Shape = SplitShape<D>;
   using Tile = TileShape<D>;
   H *memory;
-  HeadCache<H> cache;
+  HeadCache cache;
   int lane, end;
 
   __device__ __forceinline__ H *keys(int stage) const { return memory + stage * 2 * Shape::kTile; }
@@ -62,9 +62,9 @@ struct WarpRing {
     for (int i = 0; i < Shape::kKeys * Tile::kChunks / 32; i++) {
       const int index = i * 32 + lane, row = index / Tile::kChunks, chunk = index % Tile::kChunks;
       const int64_t offset = __shfl_sync(kFullMask, located, row);
-      const H *key = cache.head + (offset < 0 ? 0 : offset) + chunk * 8;
+      const unsigned char *key = cache.head + (offset < 0 ? 0 : offset) + chunk * 16;
       cp_async16(keys(stage) + Tile::at(row, chunk), key, offset >= 0);
-      cp_async16(values(stage) + Tile::at(row, chunk), key + (offset < 0 ? 0 : cache.value_offset), offset >= 0);
+      cp_async16(values(stage) + Tile::at(row, chunk), key + cache.value_offset, offset >= 0);
     }
   }
 };
@@ -87,9 +87,9 @@ __device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
 
   const HeadGroup group(a, blockIdx.y);
   const WarpRing<H, D> ring = {reinterpret_cast<H *>(shared) + warp * Shape::kStages * 2 * Shape::kTile,
-                               head_cache<H>(a, sequence, group.kv_head), lane, span.end};
+                               head_cache(a, sequence, group.kv_head, 2), lane, span.end};
   int begin = span.begin + warp * Shape::kKeys;
-  if (begin < span.end) ring.load(0, ring.locate(begin));
+  ring.load(0, ring.locate(begin));
   cp_async_commit();
   int64_t next = ring.locate(begin + kStride);
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
   float m = -INFINITY, l = 0;   // of head `row`; l is this lane's share
   float o[D / 8][4] = {};
   for (int stage = 0; begin < span.end; begin += kStride, stage ^= 1) {
-    if (begin + kStride < span.end) ring.load(stage ^ 1, next);
+    ring.load(stage ^ 1, next);  // zeros beyond the span
     cp_async_commit();
     next = ring.locate(begin + 2 * kStride);
     cp_async_wait<1>();
