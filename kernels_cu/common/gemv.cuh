@@ -1,0 +1,191 @@
+// gemv.cuh - products with few tokens: every weight is read once, as fast as memory gives it, and all tokens are served.
+//
+// Up to 16 * kTokenTiles activation rows (tokens times planes) stand in shared memory as the A operands of mma, eight weight
+// rows are the B operand: one instruction serves 1 to 16 rows. Each warp has its own ring of weight tiles (8 rows by one
+// segment of K) filled by 16-byte asynchronous copies, and shares out the segments of a unit with the other warps of the
+// block; there is no barrier between warps until a unit is done. The first copies start before activations are touched.
+//
+// An output is the sum of its segments in order, each summed step by step in order: the same bits whatever the number of
+// tokens, the grid, and whether this kernel or that of mma_gemm.cuh computes it (with one plane).
+//
+// `Op` says what is multiplied and what becomes of it:
+//   kUnit                        tiles of eight weight rows whose results are wanted together
+//   x, norm, T, K, eps           the activations; norm null: as they are
+//   num_units()
+//   row<D>(tile, r)              a weight row of tile (unit * kUnit + i), or one without data
+//   store<D>(token, unit, r, v)  v[kUnit], one value per tile
+#pragma once
+
+#include "activation_rows.cuh"
+#include "weight_tile.cuh"
+
+constexpr int kGemvThreads = kRowThreads;
+constexpr int kGemvBlocks = 4;  // blocks of a multiprocessor that registers must suffice for
+constexpr int kGemvWarps = kGemvThreads / 32;
+constexpr int kMaxGemvTokens = 16;
+constexpr int kPanelNbytes = 32 << 10;  // of activation rows in shared memory; longer K is done panel by panel
+
+template <class D>
+constexpr int kRingStages = kBits<D> == 16 ? 3 : 4;
+
+template <class D, int kPlanes, int kTokenTiles, class Op>
+struct Gemv {
+  using Half = typename D::Half;
+  using Tile = RowTile<D, kSegment>;
+  static constexpr int kStages = kRingStages<D>, kStageNbytes = kTileRows * Tile::kStride;
+
+  const Op &op;
+  const int slots, segments, panel_segments, per_unit;  // per_unit: tiles of one segment
+  unsigned char *ring, *rows;                            // this warp's ring; activation rows of the panel
+  float *parts, *totals;                                 // [segment][tile][slot][8], [tile][slot][8]
+
+  __device__ __forceinline__ Gemv(const Op &o, unsigned char *shared)
+      : op(o),
+        slots(o.T * kPlanes),
+        segments(ceil_div(o.K, kSegment)),
+        panel_segments(min(segments, kPanelNbytes / (slots * kSegment * 2))),
+        per_unit(segments * Op::kUnit) {
+    ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
+    rows = shared + kGemvWarps * kStages * kStageNbytes;
+    parts = reinterpret_cast<float *>(rows + row_stride() * slots);
+    totals = parts + panel_segments * Op::kUnit * slots * 8;
+  }
+
+  __device__ __forceinline__ int row_stride() const { return panel_segments * kSegment * 2; }
+
+  // The n-th tile of this block's units: units blockIdx.x, blockIdx.x + gridDim.x, ...
+  __device__ __forceinline__ void copy_tile(int n, int stage) const {
+    const int unit = blockIdx.x + n / per_unit * gridDim.x;
+    if (unit < op.num_units()) {
+      const int within = n % per_unit, first = within / Op::kUnit * kSegment;
+      const int tile = unit * Op::kUnit + within % Op::kUnit, lane = threadIdx.x % 32;
+      for (int i = lane; i < kTileRows * Tile::kPieces; i += 32) {
+        const int r = i / Tile::kPieces;
+        Tile::copy(ring + stage * kStageNbytes, r, i % Tile::kPieces, op.template row<D>(tile, r), first, op.K);
+      }
+    }
+    cp_async_commit();
+  }
+
+  // Activations of segments first_segment .. of the panel, every plane, zeros behind K.
+  __device__ __forceinline__ void fill_rows(int first_segment, const float *factors, const float *scales) const {
+    const int first = first_segment * kSegment, pairs = row_stride() / 4;
+    for (int i = threadIdx.x; i < op.T * pairs; i += kGemvThreads) {
+      const int t = i / pairs, k = i % pairs * 2;
+      const float *x = op.x + static_cast<int64_t>(t) * op.K;
+      const float lo = first + k < op.K ? normalized(x, op.norm, first + k, factors[t]) * scales[t] : 0.f;
+      const float hi = first + k + 1 < op.K ? normalized(x, op.norm, first + k + 1, factors[t]) * scales[t] : 0.f;
+      uint32_t words[kPlanes];
+      split_pair<Half, kPlanes>(lo, hi, words);
+#pragma unroll
+      for (int p = 0; p < kPlanes; p++) *reinterpret_cast<uint32_t *>(rows + activation_offset(p * op.T + t, row_stride(), k)) = words[p];
+    }
+  }
+
+  // One tile of one segment: its part of [slot][row].
+  __device__ __forceinline__ void multiply_tile(int n, int stage, int first_segment) const {
+    const int unit = blockIdx.x + n / per_unit * gridDim.x, within = n % per_unit;
+    const int segment = within / Op::kUnit, tile = within % Op::kUnit, first = segment * kSegment;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const unsigned char *weights = ring + stage * kStageNbytes;
+    int lead = 0, scale_lead[2] = {0, 0};
+    if constexpr (Tile::kBlocks) {
+      lead = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, g).data, first);
+      scale_lead[0] = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, 2 * t).data, first);
+      scale_lead[1] = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, 2 * t + 1).data, first);
+    }
+    float sum[kTokenTiles][4] = {};
+    const int steps = min(kSegment, op.K - first + kStep - 1) / kStep;
+#pragma unroll 2
+    for (int step = 0; step < steps; step++) {
+      uint32_t b[4];
+      Tile::weights(weights, g, lead, step, t, b);
+      const float scale[2] = {Tile::scale(weights, 2 * t, scale_lead[0], step), Tile::scale(weights, 2 * t + 1, scale_lead[1], step)};
+      const int k = (segment - first_segment) * kSegment + step * kStep;
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; m++) {
+        uint32_t x[2][4] = {};
+        if (m * 16 + g < slots) activations<D>(rows, m * 16 + g, row_stride(), k, t, x[0]);
+        if (m * 16 + g + 8 < slots) activations<D>(rows, m * 16 + g + 8, row_stride(), k, t, x[1]);
+        multiply_step<D>(sum[m], x, b, scale);
+      }
+    }
+    float *part = parts + ((segment - first_segment) * Op::kUnit + tile) * slots * 8 + 2 * t;
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; m++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int slot = m * 16 + h * 8 + g;
+        if (slot < slots) *reinterpret_cast<float2 *>(part + slot * 8) = make_float2(sum[m][2 * h], sum[m][2 * h + 1]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_parts(int first_segment) const {
+    const int entries = Op::kUnit * slots * 8, count = min(panel_segments, segments - first_segment);
+    for (int i = threadIdx.x; i < entries; i += kGemvThreads) {
+      float total = first_segment == 0 ? 0.f : totals[i];
+      for (int s = 0; s < count; s++) total += parts[s * entries + i];
+      totals[i] = total;
+    }
+  }
+
+  __device__ __forceinline__ void store(int unit, const float *unscales) const {
+    for (int i = threadIdx.x; i < op.T * 8; i += kGemvThreads) {
+      const int t = i / 8, r = i % 8;
+      float values[Op::kUnit];
+#pragma unroll
+      for (int tile = 0; tile < Op::kUnit; tile++) {
+        float rest = 0;
+#pragma unroll
+        for (int p = kPlanes - 1; p > 0; p--) rest += totals[(tile * slots + p * op.T + t) * 8 + r];
+        values[tile] = join_planes(totals[(tile * slots + t) * 8 + r], rest) * unscales[t];
+      }
+      op.template store<D>(t, unit, r, values);
+    }
+  }
+};
+
+template <class D, int kPlanes, int kTokenTiles, class Op>
+__device__ __forceinline__ void gemv(const Op &op) {
+  using Kernel = Gemv<D, kPlanes, kTokenTiles, Op>;
+  DYN_SHARED(unsigned char, shared);
+  SHARED(float, reduction, kGemvWarps);
+  SHARED(float, factors, kMaxGemvTokens);
+  SHARED(float, scales, kMaxGemvTokens);
+  SHARED(float, unscales, kMaxGemvTokens);
+  const Kernel kernel(op, shared);
+  int next = threadIdx.x / 32, stage = 0;  // this warp's next tile, and its place in the ring
+#pragma unroll
+  for (int s = 0; s < Kernel::kStages; s++) kernel.copy_tile(next + s * kGemvWarps, s);
+
+  for (int t = 0; t < op.T; t++) {
+    const RowFactors f = row_factors<typename D::Half>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, op.eps, reduction);
+    if (threadIdx.x == 0) factors[t] = f.factor, scales[t] = f.scale, unscales[t] = f.unscale;
+  }
+  const bool one_panel = kernel.panel_segments == kernel.segments;
+  for (int unit = blockIdx.x, done = 0; unit < op.num_units(); unit += gridDim.x, done += kernel.per_unit) {
+    for (int segment = 0; segment < kernel.segments; segment += kernel.panel_segments) {
+      __syncthreads();  // the factors are there; the parts and rows of the last round have been read
+      if (!one_panel || done == 0) {
+        kernel.fill_rows(segment, factors, scales);
+        __syncthreads();
+      }
+      const int end = done + min(kernel.segments, segment + kernel.panel_segments) * Op::kUnit;
+      while (next < end) {
+        cp_async_wait<Kernel::kStages - 1>();
+        __syncwarp();
+        kernel.multiply_tile(next, stage, segment);
+        __syncwarp();  // every lane is done with the tile that the next copy overwrites
+        kernel.copy_tile(next + Kernel::kStages * kGemvWarps, stage);
+        next += kGemvWarps;
+        stage = stage + 1 == Kernel::kStages ? 0 : stage + 1;
+      }
+      __syncthreads();
+      kernel.add_parts(segment);
+    }
+    __syncthreads();
+    kernel.store(unit, unscales);
+  }
+  cp_async_wait<0>();
+}

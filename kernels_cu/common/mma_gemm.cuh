@@ -1,0 +1,161 @@
+// mma_gemm.cuh - products with many tokens, on tensor cores: a block computes kTokens tokens by kRows weight rows.
+//
+// Activations come from prepared rows (activation_rows.cuh); weights are copied as they are stored and unpacked on the way
+// from shared memory to registers. kStages tiles of 64 elements of K are under way at once. Each warp sums segments of K
+// apart and adds them in order, as gemv.cuh does: an output has the same bits whatever the tile and the number of tokens.
+//
+// `Op` as in gemv.cuh; tiles of one unit are neighbours in a block, so one thread holds the values stored together.
+#pragma once
+
+#include "activation_rows.cuh"
+#include "weight_tile.cuh"
+
+// kAlignedRows: rows start at multiples of 16 bytes, so all lie alike and nothing about a row need be remembered.
+template <class D, int kTokens_, int kRows_, int kTokenWarps, int kRowWarps, int kStages_, bool kAlignedRows_>
+struct GemmShape {
+  static constexpr bool kAlignedRows = kAlignedRows_;
+  static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_, kThreads = kTokenWarps * kRowWarps * 32;
+  static constexpr int kDepth = 64;  // elements of K in a stage
+  static constexpr int kTokenTiles = kTokens / kTokenWarps / 16, kRowTiles = kRows / kRowWarps / 8;  // of a warp
+  using Tile = RowTile<D, kDepth>;
+  static constexpr int kTokenNbytes = kDepth * 2, kStageNbytes = kTokens * kTokenNbytes + kRows * Tile::kStride;
+};
+
+template <class D, class Shape, class Op>
+struct MmaGemm {
+  using Tile = typename Shape::Tile;
+  static constexpr int kDepth = Shape::kDepth, kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles;
+
+  const Op &op;
+  const PreparedRows &prepared;
+  unsigned char *shared;
+  const int first_token, first_tile;  // of the block
+  const int warp_token, warp_tile;    // of the warp, within the block
+
+  __device__ __forceinline__ void copy_stage(int stage, int first) const {
+    unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
+#pragma unroll
+    for (int i = threadIdx.x; i < Shape::kTokens * 8; i += Shape::kThreads) {
+      const int r = i / 8, piece = i % 8;
+      const bool valid = first_token + r < op.T;
+      const unsigned char *from = prepared.rows + (valid ? first_token + r : 0) * prepared.row_nbytes + first * 2 + piece * 16;
+      cp_async16(tokens + activation_offset(r, Shape::kTokenNbytes, piece * 8), from, valid);
+    }
+#pragma unroll(Tile::kBlocks ? 1 : 4)
+    for (int i = threadIdx.x; i < Shape::kRows * Tile::kPieces; i += Shape::kThreads) {
+      const int r = i / Tile::kPieces;
+      Tile::copy(weights, r, i % Tile::kPieces, op.template row<D>(first_tile + r / 8, r % 8), first, op.K);
+    }
+  }
+
+  // How far into its 16 bytes a row's stretch starts: `starts` holds the low bits of where rows start, a byte per row.
+  static __device__ __forceinline__ int lead_at(unsigned starts, int which, int first) {
+    if constexpr (Shape::kAlignedRows) starts = 0;
+    return static_cast<int>((starts >> 8 * which) + static_cast<unsigned>(first / kStep) * Tile::kStepNbytes) & 15;
+  }
+
+  __device__ __forceinline__ void multiply_stage(int stage, int first, const unsigned (&starts)[kRowTiles], float (&sum)[kTokenTiles][kRowTiles][4]) const {
+    const unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll(Tile::kBlocks ? 1 : kDepth / kStep)  // unrolled, unpacking needs more registers than there are
+    for (int step = 0; step < kDepth / kStep; step++) {
+      if (Tile::kBlocks && first + step * kStep >= op.K) break;  // what follows a row of blocks is no weight
+      uint32_t b[kRowTiles][4];
+      float scale[kRowTiles][2];
+#pragma unroll
+      for (int n = 0; n < kRowTiles; n++) {
+        const int r = (warp_tile + n) * 8;
+        if constexpr (Tile::kBlocks) {
+          scale[n][0] = Tile::scale(weights, r + 2 * t, lead_at(starts[n], 1, first), step);
+          scale[n][1] = Tile::scale(weights, r + 2 * t + 1, lead_at(starts[n], 2, first), step);
+          Tile::weights(weights, r + g, lead_at(starts[n], 0, first), step, t, b[n]);
+        } else {
+          scale[n][0] = scale[n][1] = 1.f;
+          Tile::weights(weights, r + g, 0, step, t, b[n]);
+        }
+      }
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; m++) {
+        uint32_t x[2][4];
+        activations<D>(tokens, warp_token + m * 16 + g, Shape::kTokenNbytes, step * kStep, t, x[0]);
+        activations<D>(tokens, warp_token + m * 16 + g + 8, Shape::kTokenNbytes, step * kStep, t, x[1]);
+#pragma unroll
+        for (int n = 0; n < kRowTiles; n++) multiply_step<D>(sum[m][n], x, b[n], scale[n]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&total)[kTokenTiles][kRowTiles][4]) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int m = 0; m < kTokenTiles; m++) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int token = first_token + warp_token + m * 16 + h * 8 + g;
+        if (token >= op.T) continue;
+        const float unscale = prepared.unscale[token];
+#pragma unroll
+        for (int n = 0; n < kRowTiles; n += Op::kUnit) {
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            float values[Op::kUnit];
+#pragma unroll
+            for (int i = 0; i < Op::kUnit; i++) values[i] = total[m][n + i][2 * h + c] * unscale;
+            op.template store<D>(token, (first_tile + warp_tile + n) / Op::kUnit, 2 * t + c, values);
+          }
+        }
+      }
+    }
+  }
+};
+
+template <class D, class Shape, class Op>
+__device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepared) {
+  using Kernel = MmaGemm<D, Shape, Op>;
+  constexpr int kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages, kDepth = Shape::kDepth;
+  static_assert(kRowTiles % Op::kUnit == 0, "the tiles of a unit belong to one warp");
+  DYN_SHARED(unsigned char, shared);
+  const int warp = threadIdx.x / 32, row_warps = Shape::kRows / (kRowTiles * 8);
+  const Kernel kernel{op, prepared, shared, static_cast<int>(blockIdx.y) * Shape::kTokens, static_cast<int>(blockIdx.x) * (Shape::kRows / 8),
+                      warp / row_warps * kTokenTiles * 16, warp % row_warps * kRowTiles};
+
+  unsigned starts[kRowTiles] = {};  // of the row this lane unpacks, and of the two it scales
+  if constexpr (Shape::Tile::kBlocks && !Shape::kAlignedRows) {
+    const int lane = threadIdx.x % 32, r[3] = {lane / 4, lane % 4 * 2, lane % 4 * 2 + 1};
+#pragma unroll
+    for (int n = 0; n < kRowTiles; n++) {
+#pragma unroll
+      for (int i = 0; i < 3; i++) {
+        const WeightRow row = op.template row<D>(kernel.first_tile + kernel.warp_tile + n, r[i]);
+        starts[n] |= static_cast<unsigned>(address_of(row.data) & 15) << 8 * i;
+      }
+    }
+  }
+
+  const int depths = ceil_div(op.K, kDepth);
+#pragma unroll
+  for (int s = 0; s < kStages - 1; s++) {
+    if (s < depths) kernel.copy_stage(s, s * kDepth);
+    cp_async_commit();
+  }
+  float total[kTokenTiles][kRowTiles][4] = {}, sum[kTokenTiles][kRowTiles][4] = {};
+  for (int d = 0; d < depths; d++) {
+    cp_async_wait<kStages - 2>();
+    __syncthreads();  // stage d has landed for all, and all are done with the stage that is filled next
+    if (d + kStages - 1 < depths) kernel.copy_stage((d + kStages - 1) % kStages, (d + kStages - 1) * kDepth);
+    cp_async_commit();
+    kernel.multiply_stage(d % kStages, d * kDepth, starts, sum);
+    if ((d + 1) % (kSegment / kDepth) == 0 || d + 1 == depths) {
+#pragma unroll
+      for (int m = 0; m < kTokenTiles; m++) {
+#pragma unroll
+        for (int n = 0; n < kRowTiles; n++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) total[m][n][i] += sum[m][n][i], sum[m][n][i] = 0;
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+  kernel.store(total);
+}
