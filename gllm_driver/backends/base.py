@@ -5,7 +5,7 @@ Data stays on the device. Weights go up once; KV cache and logits are handles; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -132,8 +132,8 @@ class Backend(Protocol):
     ) -> DecodeLoop:
         """Continue a sequence whose one new token is given; `prompt` is what penalties see besides the output."""
 
-    def prepare(self, progress: Progress | None = None) -> None:
-        """Do now what the first step would otherwise wait for (compiling kernels, loading modules)."""
+    def prepare(self, dtypes: Iterable[str]) -> None:
+        """Get everything ready that weights and KV of these dtypes will need: compile kernels, load modules."""
 
     def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
         """Move pages to host memory."""
@@ -146,6 +146,9 @@ class Backend(Protocol):
 
     def get_memory_pressure(self) -> float:
         """Share of the device's memory in use, 0.0 … 1.0."""
+
+    def available_memory(self) -> int:
+        """Bytes of the device's memory that could be reserved now."""
 
     def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
         """Final hidden states pooled per sequence."""

@@ -232,6 +232,9 @@ class CpuBackend:
     def get_memory_pressure(self) -> float:
         return memory_pressure()
 
+    def available_memory(self) -> int:
+        return available_nbytes()
+
     def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
         raise UnsupportedError("the CPU backend does not compute embeddings yet")
 
