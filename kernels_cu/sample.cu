@@ -57,12 +57,12 @@ __device__ __forceinline__ void for_each_group(const Row &row, Visit visit) {
   }
 }
 
+// The -inf beyond the row's end never wins: it is no better than any token, and has a higher id.
 __device__ __forceinline__ u64 best_of_values(const Row &row) {
   u64 best = 0;
   for_each_group(row, [&](int id, const float(&v)[4]) {
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-      if (id + j >= row.V) break;  // what values4 fills in is no token
       const u64 packed = pack_best(v[j], id + j);
       if (packed > best) best = packed;
     }

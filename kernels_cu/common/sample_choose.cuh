@@ -38,10 +38,10 @@ struct CandidateList {
   __device__ __forceinline__ float z(int i) const { return entries[i].z; }
 };
 
-// The least depth d such that entries with depth <= d (and <= limit) number, or weigh, at least `wanted`; never more than
-// limit. Three passes, each fixing one digit from the top.
+// The least depth d such that entries with depth <= d number, or weigh, at least `wanted`; no less than every entry's where
+// there is not so much. Three passes, each fixing one digit from the top.
 template <bool kByMass, class Source>
-__device__ __forceinline__ uint32_t select_depth(const Source &source, u64 wanted, uint32_t limit, ChooseScratch &scratch) {
+__device__ __forceinline__ uint32_t select_depth(const Source &source, u64 wanted, ChooseScratch &scratch) {
   uint32_t prefix = 0;
 #pragma unroll 1
   for (int level = 0; level < 3; level++) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ uint32_t select_depth(const Source &source, u64 wante
     for (int i = threadIdx.x; i < source.size(); i += kChooseThreads) {
       const float z = source.z(i);
       const uint32_t d = depth(z);
-      if (d > limit || d >> (shift + width) != prefix) continue;
+      if (d >> (shift + width) != prefix) continue;
       const u64 amount = kByMass ? mass(z) : 1;
       if (amount) atomicAdd(&scratch.bins[d >> shift & ((1u << width) - 1)], amount);
     }
@@ -62,7 +62,7 @@ __device__ __forceinline__ uint32_t select_depth(const Source &source, u64 wante
     prefix = prefix << width | (static_cast<uint32_t>(bin.index) < last ? bin.index : last);
     wanted -= bin.before;
   }
-  return prefix < limit ? prefix : limit;
+  return prefix;
 }
 
 template <class Source>
@@ -105,10 +105,10 @@ __device__ __forceinline__ u64 draw(const Row &row, const Source &source, uint32
 template <class Source>
 __device__ __forceinline__ int choose(const Row &row, const Source &source, u64 total, ChooseScratch &scratch) {
   uint32_t limit = kWholeRow;
-  if (row.has_top_k()) limit = select_depth<false>(source, row.params.top_k, limit, scratch);
+  if (row.has_top_k()) limit = select_depth<false>(source, row.params.top_k, scratch);
   if (row.has_top_p()) {
     if (row.has_top_k() || total == 0) total = mass_within(source, limit, scratch);
-    limit = select_depth<true>(source, wanted_mass(row, total), limit, scratch);
+    limit = select_depth<true>(source, wanted_mass(row, total), scratch);  // never beyond top_k's: that has all of total
   }
   return best_id(draw(row, source, limit, scratch));
 }

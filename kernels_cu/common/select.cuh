@@ -52,9 +52,7 @@ __device__ __forceinline__ Bin find_bin(const u64 *bins, u64 wanted, SelectScrat
     scratch.found = {static_cast<int>(threadIdx.x) * kEach + j, before};
   }
   __syncthreads();
-  const Bin found = scratch.found;
-  __syncthreads();
-  return found;
+  return scratch.found;  // the next call has a barrier before it writes this again
 }
 
 // A value and an id as one integer: the larger the better, of equal values the lowest id. 0 is nobody.

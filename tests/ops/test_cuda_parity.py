@@ -13,6 +13,7 @@ from op_memory import Storage
 
 from gllm_driver.config import SamplingConfig
 from gllm_driver.launch import Launch
+from gllm_driver.launch import kv_pages as kv_pages_launch
 from gllm_driver.launch import sample as sample_launch
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops._case_tools import normal, rng
@@ -55,6 +56,14 @@ def test_aligned_rows_take_the_vector_paths() -> None:
         lookup = Case(f"{D}", {"ids": ids, "weight": x})
         for storage in storages(CONTRACTS["embedding"], lookup):
             run_case(CONTRACTS["embedding"], lookup, storage, direct())
+
+
+def test_more_pages_than_a_grid_has_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_pages_launch, "MAX_GRID_YZ", 2)
+    contract = CONTRACTS["kv_pages"]
+    assert contract.cases is not None
+    for case in contract.cases():
+        run_case(contract, case, next(storages(contract, case)), direct())
 
 
 def large_vocabulary(vocab_size: int, *, flat: bool) -> Case:
