@@ -52,7 +52,7 @@ def half_of(dtype: str) -> str:
 
 
 def on_tensor_cores(weights: Iterable[tuple[str, int]], K: int, device: DeviceProps) -> bool:
-    """Whether weights (dtype, address) of row length K can be copied 16 bytes at a time; the plain kernel takes others."""
+    """Whether weights (dtype, address) of row length K can be copied 16 bytes at a time; the plain kernel takes all."""
     return device.cc >= (8, 0) and all(
         dtype in SEGMENT_STRIDE and address % 16 == 0 and (DTYPES[dtype].is_quantized or K % 8 == 0)
         for dtype, address in weights

@@ -1,4 +1,4 @@
-"""Launches of fused_qkv_rope: norm (many tokens only), products, and `place` where heads are normalized or oddly shaped."""
+"""Launches of fused_qkv_rope: norm (many tokens only), products, and `place` where heads are normalized or odd."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PLACE_THREADS = 128
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """Results of a token are the same bits whatever T if `deterministic`. A launch more for each further weight type."""
+    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype."""
     T, D, QD, KD, head_dim = (int(a[dim]) for dim in ("T", "D", "QD", "KD", "Dh"))
     if not T:
         return []

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_runner import ROOT, direct, kernel_ops, simulated_driver
-from cuda_tolerance import contract_for
+from cuda_tolerance import activations_for, contract_for
 from op_harness import label, run_case, storages
 from op_memory import Storage
 
@@ -40,7 +40,7 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize(("op", "case", "storage", "index"), parameters())
 def test_parity(op: str, case: Case, storage: Storage, index: int) -> None:
     shift = index % 2 * (1 + index % 7)  # every other one at alignments no better than an element's
-    run_case(contract_for(op, case, storage), case, storage, direct(), shift)
+    run_case(contract_for(op, case, storage), case, storage, direct(), shift, activations_for(op, storage))
 
 
 def test_aligned_rows_take_the_vector_paths() -> None:
@@ -136,7 +136,7 @@ def test_through_the_driver(op: str) -> None:
     assert contract.cases is not None
     case = max(contract.cases(), key=lambda c: sum(a.size for a in c.arrays.values()) % 20_011)
     for shift, storage in enumerate(storages(contract, case)):
-        run_case(contract, case, storage, simulated_driver(), shift % 3)
+        run_case(contract, case, storage, simulated_driver(), shift % 3, activations_for(op, storage))
 
 
 @pytest.mark.parametrize("where", ["before", "beyond"])
