@@ -61,12 +61,13 @@ class Stream:
         self.captured = traffic = CapturedTraffic()
         try:
             record()
+            captured = call(cu.cuStreamEndCapture, self.handle)
         except BaseException:
-            self.captured = None
             self._abandon_capture()
             raise
-        self.captured = None
-        return Graph(self.device, call(cu.cuStreamEndCapture, self.handle), traffic)
+        finally:
+            self.captured = None
+        return Graph(self.device, captured, traffic)
 
     def close(self) -> None:
         """Destroy the stream, when its work is done."""
@@ -76,7 +77,7 @@ class Stream:
             self.device.drop(self)
 
     def _abandon_capture(self) -> None:
-        _, graph = cu.cuStreamEndCapture(self.handle)  # fails as a rule: what was captured is spoiled
+        _, graph = cu.cuStreamEndCapture(self.handle)  # fails as a rule: what was captured is spoiled, or ended
         if graph is not None and int(graph):
             cleanup(cu.cuGraphDestroy, graph)
 

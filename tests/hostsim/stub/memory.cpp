@@ -1,10 +1,11 @@
 // Device and pinned memory, copies, fills. Device memory is host memory between two guard bands, full of NaN until
-// written; a kernel that touches a band is caught when it ends.
+// written; a kernel that writes to a band is caught when it ends, and under AddressSanitizer on the spot, reads as well.
 #include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
 
+#include "../engine/sanitizers.h"
 #include "state.h"
 
 using namespace stub;
@@ -16,7 +17,15 @@ constexpr int kGuardByte = 0xA5, kFreshByte = 0xFF, kFreedByte = 0xFE;
 
 u64 rounded(u64 nbytes) { return (nbytes + kAlignment - 1) & ~(kAlignment - 1); }
 
+void make_guard(char *guard) {
+  memset(guard, kGuardByte, kGuard);
+#if HOSTSIM_ASAN
+  __asan_poison_memory_region(guard, kGuard);
+#endif
+}
+
 bool is_whole(const char *guard) {
+  if (HOSTSIM_ASAN) return true;
   static const std::string expected(kGuard, static_cast<char>(kGuardByte));
   return memcmp(guard, expected.data(), kGuard) == 0;
 }
@@ -27,9 +36,9 @@ Result allocate(u64 *address, u64 nbytes, Device *device) {
   void *memory = nullptr;
   if (nbytes > u64{1} << 46 || posix_memalign(&memory, kAlignment, nbytes + 2 * kGuard)) return OUT_OF_MEMORY;
   auto *bytes = static_cast<char *>(memory);
-  memset(bytes, kGuardByte, kGuard);
+  make_guard(bytes);
   memset(bytes + kGuard, kFreshByte, nbytes);
-  memset(bytes + kGuard + nbytes, kGuardByte, kGuard);
+  make_guard(bytes + kGuard + nbytes);
   if (device) device->used += rounded(nbytes);
   *address = reinterpret_cast<u64>(bytes + kGuard);
   driver().allocations[*address] = {nbytes, bytes, device};
@@ -48,6 +57,9 @@ std::string guard_report(u64 address, const Allocation &a) {
 void release(std::map<u64, Allocation>::iterator entry) {
   Allocation a = entry->second;
   if (a.device) a.device->used -= rounded(a.nbytes);
+#if HOSTSIM_ASAN
+  __asan_unpoison_memory_region(a.memory, a.nbytes + 2 * kGuard);
+#endif
   memset(a.memory, kFreedByte, a.nbytes + 2 * kGuard);
   free(a.memory);
   driver().allocations.erase(entry);
