@@ -16,7 +16,7 @@ import numpy as np
 
 from .config import KvCacheConfig, SamplingConfig
 from .engine import Engine, Progress, Request
-from .errors import CapacityError, GllmError, RequestError
+from .errors import BackendError, CapacityError, GllmError, RequestError
 from .types import FLOAT_DTYPES, Traffic
 
 if TYPE_CHECKING:
@@ -304,7 +304,7 @@ def load(
     result is the same to the last bit whatever shares its steps (on the CPU it always is). progress(stage, done, total)
     hears of "download", "load" and "compile".
 
-    With auto, a model that does not fit on the GPU goes to the CPU, with a warning in the log.
+    With auto, a model that does not fit on the GPU, or a GPU that fails, means the CPU, with a warning in the log.
 
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
     """
@@ -318,7 +318,7 @@ def load(
     backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
     try:
         engine = _place(checkpoint, backend, dtype, context_length, progress)
-    except CapacityError as error:
+    except (CapacityError, BackendError) as error:
         if device != "auto" or backend.name == "cpu":
             raise
         log.warning("using the CPU: %s", error)

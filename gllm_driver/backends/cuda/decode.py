@@ -40,7 +40,11 @@ class Decoder:
         self._counts: DeviceBuffer | None = reserve(device, 4 * V, "the counts of tokens") if has_penalties else None
         self._token = device.pinned(4)
         self._token_view = self._token.view(np.int32)
-        self._record(weights, kv)
+        try:
+            self._record(weights, kv)
+        except BaseException:
+            self.close()
+            raise
 
     def _record(self, weights: WeightsHandle, kv: KvCacheHandle) -> None:
         runtime, state, V = self._runtime, self._state.tensor, self._vocab_size
@@ -52,7 +56,7 @@ class Decoder:
             step = StepTensors(
                 ids, positions, state("seq"), state("offsets"), state("page_table"), None, logits, is_decode=True
             )
-            program = runtime.program()
+            self.program = program = runtime.program()
             weights.forward(program, weights.tensors, kv.tensor, step)
             program.add(
                 "sample",
@@ -66,7 +70,6 @@ class Decoder:
                 },
             )
             program.finish()
-        self.program = program
         if runtime.use_graphs:
             with runtime.device:
                 program.capture(after=self._fetch)
