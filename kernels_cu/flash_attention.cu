@@ -33,12 +33,14 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   const KeyRange seen = {visible_begin(a, first_position), last_position + 1};
   const HeadCache cache = head_cache(a, tile.sequence, kv_head, 2);
 
-  auto locate = [&](int tile_begin) {  // into located, at the tile's parity
-    for (int i = tid; i < kKeys; i += kThreads) {
-      const int position = tile_begin + i;
-      const bool wanted = position >= seen.begin && position < seen.end;
-      located[tile_begin / kKeys % 2 * kKeys + i] = wanted ? cache.key_offset(position) : -1;
-    }
+  // Thread i < kKeys finds key i of a tile: its page two tiles ahead, where it lies one tile ahead.
+  static_assert(kKeys <= kThreads, "a thread each");
+  auto is_wanted = [&](int position) { return tid < kKeys && position >= seen.begin && position < seen.end; };
+  auto find_page = [&](int tile_begin) { return is_wanted(tile_begin + tid) ? cache.page_of(tile_begin + tid) : 0; };
+  auto locate = [&](int tile_begin, int page) {
+    const int position = tile_begin + tid;
+    const int64_t offset = is_wanted(position) ? cache.key_offset(position, page) : -1;
+    if (tid < kKeys) located[tile_begin / kKeys % 2 * kKeys + tid] = offset;
   };
   auto load = [&](int tile_begin) {
     H *const keys = ring + tile_begin / kKeys % 2 * 2 * Shape::kTile, *const values = keys + Shape::kTile;
@@ -55,8 +57,8 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   };
 
   int begin = seen.begin / kKeys * kKeys;
-  locate(begin);
-  locate(begin + kKeys);
+  locate(begin, find_page(begin));
+  int page = find_page(begin + kKeys);  // of the next tile
   for (int i = tid; i < Shape::kRows * Tile::kChunks; i += kThreads) {  // queries, rounded; zeros beyond the last
     const int r = i / Tile::kChunks, chunk = i % Tile::kChunks, row = tile.first + r;
     float q[8] = {};
@@ -89,16 +91,19 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   }
   // The keys some row of this warp sees, and those all of its rows see.
   const int low_row = min(warp_row, num_rows - 1), high_row = min(warp_row + 16 * kBlocks, num_rows) - 1;
-  const int low_position = p0 + (tile.first + low_row) / heads, high_position = p0 + (tile.first + max(high_row, low_row)) / heads;
-  const KeyRange some = {visible_begin(a, low_position), high_position + 1}, all = {visible_begin(a, high_position), low_position + 1};
+  const int low_position = p0 + (tile.first + low_row) / heads;
+  const int high_position = p0 + (tile.first + max(high_row, low_row)) / heads;
+  const KeyRange some = {visible_begin(a, low_position), high_position + 1};
+  const KeyRange all = {visible_begin(a, high_position), low_position + 1};
   const float scale = log2_scale(a);
 
   for (; begin < seen.end; begin += kKeys) {
+    locate(begin + kKeys, page);
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, the one before is read, the next one is located
     if (begin + kKeys < seen.end) load(begin + kKeys);
     cp_async_commit();
-    locate(begin + 2 * kKeys);
+    page = find_page(begin + 2 * kKeys);
     if (warp_row >= num_rows || begin >= some.end || begin + kKeys <= some.begin) continue;
 
     const H *const keys = ring + begin / kKeys % 2 * 2 * Shape::kTile, *const values = keys + Shape::kTile;
@@ -142,7 +147,8 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
       const float inverse = 1.0f / total;
 #pragma unroll
       for (int n = 0; n < D / 8; n++) {
-        *reinterpret_cast<float2 *>(out + n * 8) = make_float2(state.o[b][n][half * 2] * inverse, state.o[b][n][half * 2 + 1] * inverse);
+        const float2 pair = make_float2(state.o[b][n][half * 2] * inverse, state.o[b][n][half * 2 + 1] * inverse);
+        *reinterpret_cast<float2 *>(out + n * 8) = pair;
       }
     }
   }

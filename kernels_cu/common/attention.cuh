@@ -50,11 +50,12 @@ struct HeadCache {
   int64_t value_offset;  // from a key to its value
   int page_size, row_nbytes;
 
-  // Where the key at a position lies, from `head` on; the only read of the page table.
-  __device__ __forceinline__ int64_t key_offset(int position) const {
-    const unsigned page = static_cast<unsigned>(position) / page_size, slot = static_cast<unsigned>(position) % page_size;
-    return pages[page] * page_stride + static_cast<int64_t>(slot) * row_nbytes;
+  // Where the key at a position lies, from `head` on, in two steps: the read of the page table, and what to do with it.
+  __device__ __forceinline__ int page_of(int position) const { return pages[static_cast<unsigned>(position) / page_size]; }
+  __device__ __forceinline__ int64_t key_offset(int position, int page) const {
+    return page * page_stride + static_cast<int64_t>(static_cast<unsigned>(position) % page_size) * row_nbytes;
   }
+  __device__ __forceinline__ int64_t key_offset(int position) const { return key_offset(position, page_of(position)); }
 };
 
 template <class Args>

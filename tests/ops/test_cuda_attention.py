@@ -18,7 +18,7 @@ from op_memory import encode
 from gllm_driver.errors import UnsupportedError
 from gllm_driver.launch import DeviceProps, Launch, _attention, flash_attention, launches
 from gllm_driver.ops import CONTRACTS
-from gllm_driver.ops._attention import _special, attention_case
+from gllm_driver.ops._attention import _slot, _special, attention_case
 from gllm_driver.ops._case_tools import Chunk
 from gllm_driver.ops.contract import Case
 from gllm_driver.types import DTYPES, Tensor
@@ -49,6 +49,19 @@ def tensor_core_cases(op: str) -> Iterator[Case]:
     yield dataclasses.replace(case, scalars={**case.scalars, "scale": 0.0})
 
 
+def faint_case(op: str) -> Case:
+    """One key outweighs all others by e^15 and has no value: the output is a sum of weights f16 has hardly numbers for."""
+    chunks = [Chunk(6, 90)] if op == "flash_attention" else [Chunk(1, 95)]
+    case, cache = attention_case(op, "faint", chunks, head_dim=64, condition=10.0)
+    case.arrays["q"][:] = 1
+    for position in range(96):
+        keys, values = _slot(cache, 0, position)
+        keys[:] = 0
+        if position == 25:
+            keys[:, 0], values[:] = 15 * 64**0.5, 0
+    return case
+
+
 def spoiled_cases(op: str, monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """The NaN and infinity cases of the contracts, at a head_dim for tensor cores."""
     from gllm_driver.ops import _attention as cases
@@ -65,7 +78,7 @@ def spoiled_cases(op: str, monkeypatch: pytest.MonkeyPatch) -> list[Case]:
 @pytest.mark.parametrize("order", ["asc", "desc", "rand"])
 def test_tensor_core_kernels(op: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOSTSIM_ORDER", order)
-    for case in [*tensor_core_cases(op), *spoiled_cases(op, monkeypatch)]:
+    for case in [*tensor_core_cases(op), faint_case(op), *spoiled_cases(op, monkeypatch)]:
         for storage in storages(CONTRACTS[op], case):
             if storage["kv"] != "f32":
                 run_case(contract_for(op, case, storage), case, storage, direct())
