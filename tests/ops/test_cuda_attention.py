@@ -50,7 +50,7 @@ def tensor_core_cases(op: str) -> Iterator[Case]:
 
 
 def faint_case(op: str) -> Case:
-    """One key outweighs all others by e^15 and has no value: the output is a sum of weights f16 has hardly numbers for."""
+    """One key outweighs all others by e^15 and has no value: what is left are weights f16 hardly has numbers for."""
     chunks = [Chunk(6, 90)] if op == "flash_attention" else [Chunk(1, 95)]
     case, cache = attention_case(op, "faint", chunks, head_dim=64, condition=10.0)
     case.arrays["q"][:] = 1
