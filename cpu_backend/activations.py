@@ -1,10 +1,11 @@
 """Activations as matmul wants them: f32 rows, or rows quantized to bytes for block-quantized weights.
 
-A quantized row of K values (K a multiple of 32, padded to an even number of blocks) lies as
-    bytes  i8  [Kp]       q = round(x / d), d = max|x| / 127 per block of 32
-    corr   i32 [Kp / 4]   −8 · Σ of 4 neighbouring q: what an unsigned weight's zero point of 8 adds, taken back
-    scale  f32 [Kp / 32]  d
-The last, padding block has q = 0 and d = 0.
+A quantized row of K values (K a multiple of 32, padded to an even number Kp / 32 of blocks) lies as
+    bytes  i8  [Kp]      q = round(x / d), d = max|x| / 127 per block of 32
+    corr   i32 [Kp / 4]  −8 · Σ of 4 neighbouring q: what an unsigned weight's zero point of 8 adds, taken back
+    scale  f32 [Kp / 4]  d, once for each 4 neighbouring q
+With 64-byte vectors two blocks interleave by halves (first halves of both, then second halves), so that a vector of
+packed 4-bit weights unpacks with one shift. The padding block has q = 0 and d = 0.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from .simd import (
     pointer,
     put_f32,
     put_i32,
-    put_u8,
     store_f32,
 )
 from .sync import take
 
 BLOCK = 32
+GROUPED = LANES == 16  # two blocks to a vector
+HALF_STRIDE = 32 if GROUPED else 16  # bytes from the first half of a block to its second
 FIRST_BLOCK_DTYPE = 8  # dtype codes from here on are block formats (gllm_driver/types.py)
 
 
@@ -57,16 +59,16 @@ def row_nbytes(K, dtype):
     if dtype < FIRST_BLOCK_DTYPE:
         return (K * 4 + 63) // 64 * 64
     Kp = (K + 63) // 64 * 64
-    return (2 * Kp + Kp // 8 + 63) // 64 * 64
+    return 3 * Kp
 
 
 @intrinsic
 def _quantize_block(typingctx: Any, x: Any, q: Any, corr: Any, scale: Any) -> Any:
-    """Quantize 32 f32 at x: bytes to q, lane sums to corr, the scale to scale. NaN or inf in x makes the scale NaN."""
+    """Quantize 32 f32 at x; q, corr and scale are addresses of the block's first half. NaN or inf makes d NaN."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
         src, q_at, corr_at, scale_at = args
-        floats, ints, bytes_ = ir.VectorType(F32, 32), ir.VectorType(I32, 32), ir.VectorType(I8, 32)
+        floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
         v = b.load(pointer(b, src, floats), align=4)
         magnitude = call_llvm(b, "llvm.fabs.v32f32", floats, [v])
         greatest = call_llvm(b, "llvm.vector.reduce.fmaximum.v32f32", F32, [magnitude])
@@ -79,20 +81,32 @@ def _quantize_block(typingctx: Any, x: Any, q: Any, corr: Any, scale: Any) -> An
         scaled = b.fmul(v, llvm_splat(b, inverse, 32))
         scaled = b.select(llvm_splat(b, usable, 32), scaled, ir.Constant(floats, [0.0] * 32))
         rounded = b.fptosi(call_llvm(b, "llvm.rint.v32f32", floats, [scaled]), ints)
-        b.store(b.trunc(rounded, bytes_), pointer(b, q_at, bytes_), align=4)
-        sums = None
-        for j in range(4):
-            part = b.shuffle_vector(
-                rounded, rounded, ir.Constant(ir.VectorType(I32, 8), [4 * lane + j for lane in range(8)])
-            )
-            sums = part if sums is None else b.add(sums, part)
-        lanes = ir.VectorType(I32, 8)
-        b.store(b.mul(sums, ir.Constant(lanes, [-8] * 8)), pointer(b, corr_at, lanes), align=4)
-        nan = ir.Constant(F32, float("nan"))
-        b.store(b.select(usable, scale, nan), pointer(b, scale_at, F32), align=4)
+        scale = b.select(usable, scale, ir.Constant(F32, float("nan")))
+        for half in (0, 1):
+            part = _lanes(b, rounded, [16 * half + lane for lane in range(16)])
+            bytes_ = b.trunc(part, ir.VectorType(I8, 16))
+            b.store(bytes_, pointer(b, b.add(q_at, i64(HALF_STRIDE * half)), bytes_.type), align=4)
+            fours = [_lanes(b, part, [4 * lane + j for lane in range(4)]) for j in range(4)]
+            sums = b.add(b.add(fours[0], fours[1]), b.add(fours[2], fours[3]))
+            sums = b.mul(sums, ir.Constant(sums.type, [-8] * 4))
+            b.store(sums, pointer(b, b.add(corr_at, i64(HALF_STRIDE * half)), sums.type), align=4)
+            ds = llvm_splat(b, scale, 4)
+            b.store(ds, pointer(b, b.add(scale_at, i64(HALF_STRIDE * half)), ds.type), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+def _lanes(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
+    return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+
+@njit
+def _half_offset(block):
+    """Byte offset of a block's first half in each of the three arrays (4 values of 4 bytes, or 16 bytes, a half)."""
+    if GROUPED:
+        return block // 2 * 2 * BLOCK + block % 2 * 16
+    return block * BLOCK
 
 
 @njit
@@ -101,13 +115,14 @@ def quantize_row(x, K, out):
     Kp = (K + 63) // 64 * 64
     corr, scale = out + Kp, out + 2 * Kp
     for block in range(K // BLOCK):
-        _quantize_block(x + 128 * block, out + BLOCK * block, corr + BLOCK * block, scale + 4 * block)
+        at = _half_offset(block)
+        _quantize_block(x + 4 * BLOCK * block, out + at, corr + at, scale + at)
     if Kp > K:
-        for i in range(BLOCK):
-            put_u8(out + K + i, 0)
-        for i in range(8):
-            put_i32(corr + K + 4 * i, 0)
-        put_f32(scale + 4 * (K // BLOCK), types.float32(0.0))
+        for half in range(2):
+            at = _half_offset(K // BLOCK) + HALF_STRIDE * half
+            for array in range(3):
+                for i in range(4):
+                    put_i32(out + array * Kp + at + 4 * i, 0)
 
 
 @njit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from numba import njit, types
 
-from .layout import dtype_row_nbytes
+from .layout import dtype_row_nbytes, kv_row
 from .simd import (
     LANES,
     call_address,
@@ -17,7 +17,6 @@ from .simd import (
     fma,
     hmax,
     hsum,
-    i32_at,
     i64_at,
     lane0,
     load_f32,
@@ -63,14 +62,6 @@ def load_queries(q, stride, tokens, heads, Dh, scale, out):
 
 
 @njit
-def page_row(a, sequence, position, part, head):
-    """Address of the cached key (part 0) or value (part 1) at a position."""
-    page = i32_at(a.page_table + 4 * (sequence * a.MP + position // a.P))
-    row = ((((page * a.L + a.layer) * 2 + part) * a.HK) + head) * a.P + position % a.P
-    return a.kv + row * dtype_row_nbytes(a.kv_dtype, a.Dh)
-
-
-@njit
 def _softmax_rows(scores, rows, heads, first, n, p0, window, m, l, o, Dh):
     """Turn scores [rows, SCORE_BLOCK] of n positions from `first` on into weights; rescale the running result."""
     for r in range(rows):
@@ -112,7 +103,7 @@ def _weigh_values(team, a, sequence, head, scores, tokens, heads, first, n, p0, 
     position = first
     while position < first + n:
         count = min(a.P - position % a.P, first + n - position)
-        v = page_row(a, sequence, position, 1, head)
+        v = kv_row(a, sequence, position, 1, head)
         s = scores + 4 * (position - first)
         seen_by_all = position + count - 1 <= p0
         if a.window > 0 and position < p0 + tokens - a.window:
@@ -161,7 +152,7 @@ def attend_span(team, a, sequence, head, q, tokens, heads, p0, start, stop, m, l
         position = first
         while position < first + n:
             count = min(a.P - position % a.P, first + n - position)
-            k = page_row(a, sequence, position, 0, head)
+            k = kv_row(a, sequence, position, 0, head)
             call_address(
                 matmul,
                 (k, row_nbytes, count, q, 4 * a.Dh, rows, a.Dh, scores + 4 * (position - first), 4 * SCORE_BLOCK),

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gllm_driver.ops import CONTRACTS
+from gllm_driver.types import DTYPES
 
 from .target import Target, current
 
@@ -51,14 +52,12 @@ def cache_dir() -> Path:
 
 @cache
 def source_key() -> str:
-    """Hash of everything the machine code depends on: kernel sources, contracts, compiler versions, the target."""
+    """Hash of what the machine code depends on: kernel sources, contracts, dtypes, compiler versions, the target."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    contracts = Path(importlib.import_module("gllm_driver.ops").__file__ or "").parent
-    for path in sorted([*here.glob("*.py"), *contracts.glob("*.py"), contracts.parent / "types.py"]):
+    for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    target = current()
-    digest.update(repr((version("numba"), version("llvmlite"), target)).encode())
+    contracts = [(c.abi_hash, c.constants) for c in CONTRACTS.values()]
+    digest.update(repr((contracts, DTYPES, version("numba"), version("llvmlite"), current())).encode())
     return digest.hexdigest()[:24]
 
 

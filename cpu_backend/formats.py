@@ -13,8 +13,10 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from gllm_driver.types import FLOAT_DTYPES
+
 from .emit import emit_loop, i64
-from .matmul import BLOCK_NBYTES, ITEM_NBYTES
+from .matmul import BLOCK_FORMATS, ITEM_NBYTES
 from .simd import (
     F32,
     LANES,
@@ -37,6 +39,7 @@ from .simd import (
     u8_at,
 )
 
+STORE = {"f32": (store_f32, put_f32), "f16": (store_f16, put_f16), "bf16": (store_bf16, put_bf16)}
 LOAD = {"f32": (load_f32, f32_at), "f16": (load_f16, f16_at), "bf16": (load_bf16, bf16_at)}
 
 
@@ -56,7 +59,7 @@ def make_dequantize(dtype: str) -> tuple[Callable, tuple]:
                 k += 1
 
         return dequantize_float, (types.int64,) * 3
-    nbytes = BLOCK_NBYTES[dtype]
+    nbytes = BLOCK_FORMATS[dtype].nbytes
     if dtype == "q8_0":
 
         def dequantize_q8_0(row, K, out):
@@ -166,28 +169,32 @@ def make_weigh(dtype: str) -> tuple[Callable, tuple]:
     return weigh, (types.int64,) * 9
 
 
+def _store_as(dtype: str) -> Any:
+    store, one = STORE[dtype]
+    size = ITEM_NBYTES[dtype]
+
+    @njit
+    def store_floats(out, x, n):
+        k = 0
+        while k + LANES <= n:
+            store(out + size * k, load_f32(x + 4 * k))
+            k += LANES
+        while k < n:
+            one(out + size * k, f32_at(x + 4 * k))
+            k += 1
+
+    return store_floats
+
+
+_store_f32, _store_f16, _store_bf16 = (_store_as(dtype) for dtype in FLOAT_DTYPES)
+
+
 @njit
 def store_row(out, dtype, x, n):
     """Store n f32 at x as the float dtype with this code (0 f32, 1 f16, 2 bf16)."""
-    k = 0
     if dtype == 0:
-        while k + LANES <= n:
-            store_f32(out + 4 * k, load_f32(x + 4 * k))
-            k += LANES
-        while k < n:
-            put_f32(out + 4 * k, f32_at(x + 4 * k))
-            k += 1
+        _store_f32(out, x, n)
     elif dtype == 1:
-        while k + LANES <= n:
-            store_f16(out + 2 * k, load_f32(x + 4 * k))
-            k += LANES
-        while k < n:
-            put_f16(out + 2 * k, f32_at(x + 4 * k))
-            k += 1
+        _store_f16(out, x, n)
     else:
-        while k + LANES <= n:
-            store_bf16(out + 2 * k, load_f32(x + 4 * k))
-            k += LANES
-        while k < n:
-            put_bf16(out + 2 * k, f32_at(x + 4 * k))
-            k += 1
+        _store_bf16(out, x, n)

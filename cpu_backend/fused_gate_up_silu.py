@@ -5,7 +5,7 @@ from __future__ import annotations
 from numba import njit, types
 
 from .fused_qkv_rope import norm_rows, prepared
-from .linear import project
+from .linear import project, rows_per_block
 from .rms_norm import add_row
 from .simd import LANES, f32_at, lane0, load_f32, put_f32, splat, store_f32, vexp
 from .sync import barrier, take
@@ -44,12 +44,13 @@ def kernel(a, team, thread):
     up_x = prepared(team, split, a.D, a.up_dtype)
     gate = team.private + thread * team.private_nbytes
     up = gate + 4 * ROW_BLOCK * TOKEN_TILE
-    row_blocks = (a.F + ROW_BLOCK - 1) // ROW_BLOCK
+    block = rows_per_block(a.D, a.gate_dtype)
+    row_blocks = (a.F + block - 1) // block
     token_tiles = (a.T + TOKEN_TILE - 1) // TOKEN_TILE
     item = take(team, 1)
     while item < row_blocks * token_tiles:
-        first, token = item // token_tiles * ROW_BLOCK, item % token_tiles * TOKEN_TILE
-        rows, tokens = min(ROW_BLOCK, a.F - first), min(TOKEN_TILE, a.T - token)
+        first, token = item // token_tiles * block, item % token_tiles * TOKEN_TILE
+        rows, tokens = min(block, a.F - first), min(TOKEN_TILE, a.T - token)
         project(team, a.gate, a.gate_dtype, first, rows, a.D, gate_x, token, tokens, gate)
         project(team, a.up, a.up_dtype, first, rows, a.D, up_x, token, tokens, up)
         for t in range(tokens):

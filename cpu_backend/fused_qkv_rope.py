@@ -8,7 +8,7 @@ from gllm_driver.ops.fused_qkv_rope import INTERLEAVED
 
 from .activations import FIRST_BLOCK_DTYPE, quantize_row, row_nbytes
 from .formats import store_row
-from .layout import dtype_row_nbytes
+from .layout import kv_row
 from .linear import project
 from .rms_norm import add_row, normalize
 from .simd import f32_at, i32_at, i64_at, put_f32
@@ -57,16 +57,6 @@ def rotate(x, cos_sin, R, style):
         put_f32(second, v * cos + u * sin)
 
 
-@njit
-def cache_slot(a, token, part, head):
-    """Address in the KV cache of a token's key (part 0) or value (part 1) of one KV head."""
-    position = i64_at(a.positions + 8 * token)
-    sequence = i32_at(a.seq + 4 * token)
-    page = i32_at(a.page_table + 4 * (sequence * a.MP + position // a.P))
-    row = ((((page * a.L + a.layer) * 2 + part) * a.HK) + head) * a.P + position % a.P
-    return a.kv + row * dtype_row_nbytes(a.kv_dtype, a.Dh)
-
-
 def kernel(a, team, thread):
     split = norm_rows(team, a.x, a.norm, a.T, a.D, a.eps, a.wq_dtype, a.wk_dtype, a.wv_dtype)
     barrier(team)
@@ -96,5 +86,7 @@ def kernel(a, team, thread):
             if part < 0:
                 store_row(a.q + 4 * ((token + t) * a.QD + first), 0, y, a.Dh)
             else:
-                store_row(cache_slot(a, token + t, part, head), a.kv_dtype, y, a.Dh)
+                position = i64_at(a.positions + 8 * (token + t))
+                slot = kv_row(a, i32_at(a.seq + 4 * (token + t)), position, part, head)
+                store_row(slot, a.kv_dtype, y, a.Dh)
         item = take(team, 1)

@@ -46,6 +46,13 @@ def table_entries(dtypes: Iterable[str]) -> list[tuple[str, int, Entry]]:
     return entries
 
 
+def all_entries(dtypes: Iterable[str]) -> list[Entry]:
+    """Every function that a model with weights and KV of these dtypes will need."""
+    names = sorted({*dtypes, "f32"})
+    entries = [*team_entries(), *(op_entry(op) for op in OPS), *(entry for _, _, entry in table_entries(names))]
+    return entries + [first_bad_entry(name) for name in names]
+
+
 def first_bad_entry(dtype: str) -> Entry:
     """first_bad(address, n), see weights.py."""
     return Entry(f"first_bad_{dtype}", "cpu_backend.weights", "make_first_bad", (dtype,))

@@ -9,7 +9,13 @@ from .layout import dtype_row_nbytes
 from .rms_norm import add_row
 from .simd import call_address, i64_at
 from .sync import barrier, take
-from .workspace import ROW_BLOCK, TOKEN_TILE
+from .workspace import ROW_BLOCK, ROW_BLOCK_NBYTES, TOKEN_TILE
+
+
+@njit
+def rows_per_block(K, dtype):
+    """Weight rows a thread takes at a time: as many as stay in its L2 cache while tile after tile of tokens passes."""
+    return min(ROW_BLOCK, max(8, ROW_BLOCK_NBYTES // dtype_row_nbytes(dtype, K) // 8 * 8))
 
 
 @njit
@@ -27,12 +33,13 @@ def kernel(a, team, thread):
     x = prepare_rows(team, a.x, a.T, a.K, a.weight_dtype, team.shared)
     barrier(team)
     buffer = team.private + thread * team.private_nbytes
-    row_blocks = (a.N + ROW_BLOCK - 1) // ROW_BLOCK
+    block = rows_per_block(a.K, a.weight_dtype)
+    row_blocks = (a.N + block - 1) // block
     token_tiles = (a.T + TOKEN_TILE - 1) // TOKEN_TILE
     item = take(team, 1)
     while item < row_blocks * token_tiles:
-        first, token = item // token_tiles * ROW_BLOCK, item % token_tiles * TOKEN_TILE
-        rows, tokens = min(ROW_BLOCK, a.N - first), min(TOKEN_TILE, a.T - token)
+        first, token = item // token_tiles * block, item % token_tiles * TOKEN_TILE
+        rows, tokens = min(block, a.N - first), min(TOKEN_TILE, a.T - token)
         project(team, a.weight, a.weight_dtype, first, rows, a.K, x, token, tokens, buffer)
         for t in range(tokens):
             y = buffer + 4 * t * rows

@@ -11,6 +11,7 @@ per block, and weights are only ever unpacked into registers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -19,22 +20,24 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .activations import BLOCK, corr_offset, scale_offset
-from .emit import emit_byte_dot, emit_loop, i64, weights_are_unsigned
+from .emit import emit_byte_dot, emit_loop, i64, prefetch, weights_are_unsigned
 from .simd import (
     F16,
     F32,
     I8,
+    I16,
     I32,
     LANES,
     llvm_fma,
     llvm_hsum,
     llvm_load_float,
+    llvm_splat,
     pointer,
 )
 
 TILE_ROWS, TILE_TOKENS = 4, 4
 ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
-BLOCK_NBYTES = {"q8_0": 34, "q4_0": 18}
+GROUP = max(LANES // 8, 1)  # blocks whose bytes fill a vector
 
 Codegen = Callable[..., None]
 
@@ -47,6 +50,7 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     w, w_stride, x, x_stride, K, out, out_stride = args
     rows = [b.add(w, b.mul(w_stride, i64(r))) for r in range(R)]
     tokens = [b.add(x, b.mul(x_stride, i64(c))) for c in range(C)]
+    ahead = b.mul(w_stride, i64(R))
     size = ITEM_NBYTES[dtype]
     num_vectors = b.sdiv(K, i64(LANES))
 
@@ -55,6 +59,8 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
         xs = [llvm_load_float(b, "f32", b.add(t, x_at), LANES) for t in tokens]
         new = []
         for r in range(R):
+            if C == 1:
+                prefetch(b, b.add(rows[r], b.add(w_at, ahead)))
             wv = llvm_load_float(b, dtype, b.add(rows[r], w_at), LANES)
             new += [llvm_fma(b, wv, xs[c], acc[r * C + c]) for c in range(C)]
         return new
@@ -83,75 +89,123 @@ def _store_tile(b: ir.IRBuilder, sums: list[ir.Value], R: int, C: int, out: ir.V
             b.store(sums[r * C + c], pointer(b, at, F32), align=4)
 
 
-def _load_block_bytes(b: ir.IRBuilder, dtype: str, block: ir.Value) -> ir.Value:
-    """The 32 weights of a block as bytes: unsigned (plus the zero point) or signed, as the target's byte dot wants."""
-    vec32 = ir.VectorType(I8, 32)
-    data = b.add(block, i64(2))
-    if dtype == "q8_0":
-        raw = b.load(pointer(b, data, vec32), align=1)
-        return b.xor(raw, ir.Constant(vec32, [0x80] * 32)) if weights_are_unsigned() else raw
-    vec16 = ir.VectorType(I8, 16)
-    packed = b.load(pointer(b, data, vec16), align=1)
-    low = b.and_(packed, ir.Constant(vec16, [15] * 16))
-    high = b.lshr(packed, ir.Constant(vec16, [4] * 16))
-    nibbles = b.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, 32), list(range(32))))
-    return nibbles if weights_are_unsigned() else b.sub(nibbles, ir.Constant(vec32, [8] * 32))
+@dataclass(frozen=True)
+class BlockFormat:
+    """How a group of G consecutive blocks of a row (G = 2 with 64-byte vectors, else 1) becomes bytes and scales.
+
+    Bytes come in the order activations.py stores its own: the first halves of the blocks, then the second halves.
+    """
+
+    nbytes: int
+    load_bytes: Callable[[ir.IRBuilder, ir.Value, int], ir.Value]  # (b, address of the first block, blocks there are)
+    zero_point: int
+
+
+def _quarter(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    return b.load(pointer(b, address, ir.VectorType(I8, 16)), align=1)
+
+
+def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Concatenate equal vectors (a power of two of them)."""
+    while len(parts) > 1:
+        lanes = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [b.shuffle_vector(x, y, lanes) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _q8_0_bytes(b: ir.IRBuilder, block: ir.Value, blocks: int) -> ir.Value:
+    halves = [
+        _quarter(b, b.add(block, i64(34 * g + 2 + 16 * half))) if g < blocks else _zero_bytes(16)
+        for half in (0, 1)
+        for g in range(GROUP)
+    ]
+    raw = _join(b, halves)
+    if not weights_are_unsigned():
+        return raw
+    return b.xor(raw, ir.Constant(raw.type, [0x80] * raw.type.count))
+
+
+def _q4_0_bytes(b: ir.IRBuilder, block: ir.Value, blocks: int) -> ir.Value:
+    packed = _join(
+        b, [_quarter(b, b.add(block, i64(18 * g + 2))) if g < blocks else _zero_bytes(16) for g in range(GROUP)]
+    )
+    words = ir.VectorType(I16, 16 * GROUP)
+    both = b.bitcast(_join(b, [packed, packed]), words)
+    shifted = b.lshr(both, ir.Constant(words, [0] * (8 * GROUP) + [4] * (8 * GROUP)))
+    nibbles = b.bitcast(shifted, ir.VectorType(I8, 32 * GROUP))
+    nibbles = b.and_(nibbles, ir.Constant(nibbles.type, [15] * nibbles.type.count))
+    if weights_are_unsigned():
+        return nibbles
+    return b.sub(nibbles, ir.Constant(nibbles.type, [8] * nibbles.type.count))
+
+
+def _zero_bytes(count: int) -> ir.Constant:
+    return ir.Constant(ir.VectorType(I8, count), [0] * count)
+
+
+BLOCK_FORMATS = {
+    "q8_0": BlockFormat(34, _q8_0_bytes, 128),
+    "q4_0": BlockFormat(18, _q4_0_bytes, 8),
+}
+
+
+def _load_scales(b: ir.IRBuilder, format: BlockFormat, block: ir.Value, blocks: int) -> ir.Value:
+    """The f16 scales at the head of a group's blocks, as f32 in the lanes their dot products end in."""
+    lanes = 8 * GROUP
+    if blocks == 2:
+        # both scales lie within one vector load of the group: no lane is inserted by hand
+        wide = ir.VectorType(F16, 16 if format.nbytes < 32 else 32)
+        halves = b.load(pointer(b, block, wide), align=2)
+        pick = ir.Constant(
+            ir.VectorType(I32, lanes), [0 if lane % 8 < 4 else format.nbytes // 2 for lane in range(lanes)]
+        )
+        return b.fpext(b.shuffle_vector(halves, halves, pick), ir.VectorType(F32, lanes))
+    d = b.fpext(b.load(pointer(b, block, F16), align=2), F32)
+    if GROUP == 1:
+        return llvm_splat(b, d, lanes)
+    own = ir.Constant(ir.VectorType(ir.IntType(1), lanes), [lane % 8 < 4 for lane in range(lanes)])
+    return b.select(own, llvm_splat(b, d, lanes), _zeros(ir.VectorType(F32, lanes)))
 
 
 def _emit_block_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.Value]) -> None:
-    """Tiles of block formats: G blocks at a time, 8 lanes of partial sums per block.
-
-    With unsigned weights (value + zero point) the integer accumulator starts at −zero_point · Σx per lane, which
-    activations.py stores for a zero point of 8.
-    """
+    """Tiles of block formats. With unsigned weights (value + zero point) the integer accumulator starts at
+    −zero_point · Σx per lane, which activations.py stores for a zero point of 8."""
     w, w_stride, x, x_stride, K, out, out_stride = args
-    G = max(LANES // 8, 1)
-    nbytes = BLOCK_NBYTES[dtype]
-    ints, floats = ir.VectorType(I32, 8 * G), ir.VectorType(F32, 8 * G)
+    format = BLOCK_FORMATS[dtype]
+    lanes = 8 * GROUP
+    ints, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
     rows = [b.add(w, b.mul(w_stride, i64(r))) for r in range(R)]
+    ahead = b.mul(w_stride, i64(R))
     tokens = [b.add(x, b.mul(x_stride, i64(c))) for c in range(C)]
     corrs = [b.add(t, corr_offset(b, K)) for t in tokens]
     scales = [b.add(t, scale_offset(b, K)) for t in tokens]
     num_blocks = b.sdiv(K, i64(BLOCK))
-    spread = ir.Constant(ir.VectorType(I32, 8 * G), [g for g in range(G) for _ in range(8)])
-    pair = ir.Constant(ir.VectorType(I32, 32 * G), list(range(32 * G)))
-    shift = ir.Constant(ints, [4] * (8 * G))  # 8 · 16 = 128
+    groups = b.sdiv(num_blocks, i64(GROUP))
 
-    def weights(row: ir.Value, first: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """(bytes, scales as G f32 lanes) of G blocks; blocks past the row's end repeat the first one at scale 0."""
-        data, ds = [], ir.Constant(ir.VectorType(F16, G), ir.Undefined)
-        for g in range(G):
-            inside = b.icmp_signed("<", b.add(first, i64(g)), num_blocks)
-            index = b.select(inside, b.add(first, i64(g)), first) if g else first
-            block = b.add(row, b.mul(index, i64(nbytes)))
-            data.append(_load_block_bytes(b, dtype, block))
-            d = b.load(pointer(b, block, F16), align=2)
-            ds = b.insert_element(ds, b.select(inside, d, ir.Constant(F16, 0.0)) if g else d, ir.Constant(I32, g))
-        merged = b.shuffle_vector(data[0], data[1], pair) if G == 2 else data[0]
-        return merged, b.fpext(ds, ir.VectorType(F32, G))
-
-    def body(i: ir.Value, acc: list[ir.Value]) -> list[ir.Value]:
-        first = b.mul(i, i64(G))
-        x_at, corr_at, d_at = (b.mul(first, i64(n)) for n in (BLOCK, 32, 4))
-        xs = [b.load(pointer(b, b.add(t, x_at), ir.VectorType(I8, 32 * G)), align=4) for t in tokens]
-        dx = [b.load(pointer(b, b.add(s, d_at), ir.VectorType(F32, G)), align=4) for s in scales]
-        start = [ir.Constant(ints, [0] * (8 * G))] * C
+    def step(i: ir.Value, acc: list[ir.Value], blocks: int) -> list[ir.Value]:
+        w_at, x_at, wide_at = (b.mul(i, i64(n * GROUP)) for n in (format.nbytes, BLOCK, BLOCK))
+        xs = [b.load(pointer(b, b.add(t, x_at), ir.VectorType(I8, 32 * GROUP)), align=4) for t in tokens]
+        dx = [b.load(pointer(b, b.add(s, wide_at), floats), align=4) for s in scales]
+        start: list[ir.Value] = [ir.Constant(ints, [0] * lanes)] * C
         if weights_are_unsigned():
-            start = [b.load(pointer(b, b.add(t, corr_at), ints), align=4) for t in corrs]
-            if dtype == "q8_0":
-                start = [b.shl(s, shift) for s in start]
+            start = [b.load(pointer(b, b.add(t, wide_at), ints), align=4) for t in corrs]
+            if format.zero_point == 128:
+                start = [b.shl(s, ir.Constant(ints, [4] * lanes)) for s in start]
         new = []
         for r in range(R):
-            wv, dw = weights(rows[r], first)
+            block = b.add(rows[r], w_at)
+            if C == 1:
+                prefetch(b, b.add(block, ahead))  # the tile below: its rows are too short for the hardware to guess
+            bytes_, dw = format.load_bytes(b, block, blocks), _load_scales(b, format, block, blocks)
             for c in range(C):
-                dot = b.sitofp(emit_byte_dot(b, start[c], wv, xs[c]), floats)
-                scale = b.fmul(dw, dx[c])
-                scale = b.shuffle_vector(scale, scale, spread)
-                new.append(llvm_fma(b, dot, scale, acc[r * C + c]))
+                dot = b.sitofp(emit_byte_dot(b, start[c], bytes_, xs[c]), floats)
+                new.append(llvm_fma(b, dot, b.fmul(dw, dx[c]), acc[r * C + c]))
         return new
 
-    groups = b.sdiv(b.add(num_blocks, i64(G - 1)), i64(G))
-    acc = emit_loop(b, groups, [_zeros(floats)] * (R * C), body)
+    acc = emit_loop(b, groups, [_zeros(floats)] * (R * C), lambda i, acc: step(i, acc, GROUP))
+    if GROUP == 2:
+        odd = b.and_(num_blocks, i64(1))
+        acc = emit_loop(b, odd, acc, lambda i, acc: step(groups, acc, 1))
     _store_tile(b, [llvm_hsum(b, a) for a in acc], R, C, out, out_stride)
 
 

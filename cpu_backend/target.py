@@ -11,6 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from gllm_driver.errors import BackendUnavailableError
+
 IntDot = Literal["avx512-vnni", "avx-vnni", "avx2", "neon-dotprod", "generic"]
 
 _V3 = "+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe,+popcnt,+sse4.2,+xsave"
@@ -43,7 +45,7 @@ def current() -> Target:
     if name == "host":
         return _host()
     if name not in NAMED:
-        raise ValueError(f"GLLM_CPU_TARGET={name!r} is not one of host, {', '.join(NAMED)}")
+        raise BackendUnavailableError("cpu", f"GLLM_CPU_TARGET={name!r} is not one of host, {', '.join(NAMED)}")
     return NAMED[name]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from numba.core import types
 
 from .formats import LOAD, store_row
-from .matmul import BLOCK_NBYTES, ITEM_NBYTES
+from .matmul import BLOCK_FORMATS, ITEM_NBYTES
 from .simd import LANES, f16_at, fma, hsum, put_f32, splat, store_f32
 
 CHUNK = 4096  # elements checked at a time; divides into whole vectors of every width
@@ -15,8 +15,8 @@ CHUNK = 4096  # elements checked at a time; divides into whole vectors of every 
 
 def make_first_bad(dtype: str) -> tuple[Callable, tuple]:
     """first_bad(address, n): index of the first NaN or infinite element (or block scale) of n; −1: all are finite."""
-    if dtype in BLOCK_NBYTES:
-        nbytes = BLOCK_NBYTES[dtype]
+    if dtype in BLOCK_FORMATS:
+        nbytes = BLOCK_FORMATS[dtype].nbytes
 
         def first_bad_block(address, n):
             for block in range(n // 32):

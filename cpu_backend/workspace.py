@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-ROW_BLOCK = 64  # weight rows a thread takes at a time
+ROW_BLOCK = 64  # weight rows a thread takes at a time, at most,
+ROW_BLOCK_NBYTES = 256 << 10  # and their bytes: they are read again for every few tokens
 TOKEN_TILE = 64  # tokens multiplied with a block of rows at a time
 SPAN = 512  # context tokens of one partial attention result; fixed, so that results do not depend on the split
 SCORE_BLOCK = 64  # context tokens between two updates of the running softmax
@@ -17,7 +18,7 @@ DIGIT_BITS = 11  # of a logit's key, per pass of a sampling histogram
 
 def _row(n: int) -> int:
     """Bytes of a row of n activations, in the larger of the two prepared forms, rounded up to cache lines."""
-    return 4 * n + 64
+    return 4 * n + 256
 
 
 def query_tile(heads_per_kv: int) -> int:

@@ -95,6 +95,10 @@ def add_metadata(writer: GGUFWriter, config: dict[str, Any], file_type: int) -> 
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    # so small a model repeats itself when it always takes the likeliest token
+    writer.add_float32("general.sampling.temp", 0.7)
+    writer.add_float32("general.sampling.top_p", 0.9)
+    writer.add_float32("general.sampling.min_p", 0.05)
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: dict[str, Any], chat_template: str) -> None:

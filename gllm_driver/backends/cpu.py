@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cpu_backend.compile import cache_dir as cache_dir
+from cpu_backend.kernels import all_entries
 from cpu_backend.memory import available_nbytes, memory_pressure
 from cpu_backend.program import Program
 from cpu_backend.team import Team, aligned
@@ -71,7 +72,7 @@ class CpuBackend:
 
     def __init__(self, num_threads: int | None = None, progress: Progress | None = None) -> None:
         self._progress = progress
-        self._team = Team(num_threads, progress=self._compiling)
+        self._team = Team(num_threads)
         self._workspace = Workspace()
         self._programs: OrderedDict[tuple, tuple[int, Program, StepTensors]] = OrderedDict()
         self._forwards = 0
@@ -217,8 +218,8 @@ class CpuBackend:
     ) -> DecodeLoop:
         return CpuDecodeLoop(self, weights, kv, sequence, config, prompt)
 
-    def prepare(self, progress: Progress | None = None) -> None:
-        """Programs are recorded, and kernels compiled, on first use; the callers' first step does both."""
+    def prepare(self, dtypes: Iterable[str]) -> None:
+        self._team.library.load(all_entries(dtypes), self._compiling)
 
     def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
         raise UnsupportedError("the CPU backend does not swap KV pages yet")

@@ -123,9 +123,9 @@ class Output:
             return
         if not self._last:
             self._console._starts_printing()
+        self._last = text[-1]  # before writing: an interrupt may come as soon as the text is out
         try:
             sys.stdout.write(text)
-            self._last = text[-1]
             sys.stdout.flush()
         except BrokenPipeError:
             raise

@@ -147,9 +147,9 @@ def _print(stream: TextStream, console: Console, *, as_json: bool) -> tuple[Gene
     # A terminal or file that cannot hold a character gets a question mark; JSON is UTF-8 by its standard.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(**({"encoding": "utf-8"} if as_json else {"errors": "replace"}))
-    log.debug("generating")
     with console.printing() as output, stream:
         try:
+            log.debug("generating")
             for piece in stream:
                 if not as_json:
                     output.write(piece)

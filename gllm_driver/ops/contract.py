@@ -91,6 +91,7 @@ class Contract:
     arrays: tuple[Array, ...]
     scalars: tuple[Scalar, ...] = ()
     rules: tuple[Rule, ...] = ()
+    constants: Mapping[str, int] = field(default_factory=dict)  # numbers kernels know by heart
     tolerance: Mapping[str, float] = field(default_factory=lambda: {"f32": 1e-5, "f16": 2e-3, "bf16": 1.6e-2})
     reference: Callable[..., Mapping[str, np.ndarray]] | None = None
     cases: Callable[[], Iterator[Case]] | None = None

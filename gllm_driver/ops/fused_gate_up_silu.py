@@ -92,6 +92,7 @@ CONTRACT = Contract(
         Scalar("eps", "f32", 0.0, 1.0),
         Scalar("activation", "i32", 0, len(ACTIVATIONS) - 1, doc="index into ACTIVATIONS"),
     ),
+    constants={name: code for code, name in enumerate(ACTIVATIONS)},
     rules=(Rule(lambda v: v["has_gate_bias"] == v["has_up_bias"], "gate_bias and up_bias come together"),),
     reference=reference,
     cases=cases,

@@ -96,6 +96,7 @@ CONTRACT = Contract(
         Scalar("eps", "f32", 0.0, 1.0),
         Scalar("qk_eps", "f32", 0.0, 1.0, default=0.0),
     ),
+    constants={"INTERLEAVED": INTERLEAVED},
     rules=(
         Rule(lambda v: v["layer"] < v["L"], "layer is a layer of the cache"),
         Rule(lambda v: v["KD"] == v["HK"] * v["Dh"], "KD = HK · Dh"),

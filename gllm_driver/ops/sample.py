@@ -49,6 +49,7 @@ CONTRACT = Contract(
         Array("ids", ("S",), ("i32",), role="inout", optional=True),
         Array("positions", ("S",), ("i64",), role="inout"),
     ),
+    constants={"PARAM_WORDS": PARAM_WORDS, "SEEN_IN_PROMPT": SEEN_IN_PROMPT},
     rules=(Rule(lambda v: v["V"] < 1 << 30, "the vocabulary has fewer than 2**30 tokens"),),
     reference=reference,
     cases=cases,

@@ -1,6 +1,6 @@
 """The command line's own part: parsing, checks before a model is opened, where output goes, exit codes.
 
-The model is a fake here, so that errors and interrupts come at will; tests/e2e/test_cli.py runs the real thing.
+The model is a fake here, so that errors and interrupts come at will; tests/e2e/test_cli_process.py runs the real thing.
 """
 
 from __future__ import annotations
