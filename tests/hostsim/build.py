@@ -115,8 +115,13 @@ def build(
     """Build into `out` and return it. Raises BuildError with every compiler's complaint."""
     out = out or default_folder(sanitizer, ops)
     builder = Builder(out, sanitizer, compiler)
-    lock = (out / ".lock").open("w")  # one build at a time in a folder; released when the file closes
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    with (out / ".lock").open("w") as lock:  # one build at a time in a folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build(builder, ops, jobs)
+    return out
+
+
+def _build(builder: Builder, ops: list[str] | None, jobs: int | None) -> None:
     write_generated_headers()
     kernels = sorted(KERNELS.glob("*.cu"))
     if ops is not None:
@@ -139,12 +144,11 @@ def build(
         builder.link(DRIVER_LIBRARY, [job.result() for job in stub_jobs], f"-Wl,-soname,{DRIVER_LIBRARY}")
     if errors:
         raise BuildError("\n\n".join(errors))
-    return out
 
 
 def default_folder(sanitizer: str = "none", ops: list[str] | None = None) -> Path:
-    """Where a build goes unless told otherwise; one of a few ops leaves the full one alone."""
-    parts = ["hostsim", *([] if sanitizer == "none" else [sanitizer]), *(ops or [])]
+    """Where a build goes unless told otherwise; one of a few ops, or of the test kernels alone, has its own."""
+    parts = ["hostsim", *([] if sanitizer == "none" else [sanitizer]), *([] if ops is None else ops or ["tests"])]
     return ROOT / "build" / "-".join(parts)
 
 

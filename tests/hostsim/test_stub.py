@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,10 @@ def test_a_cubin_from_nvcc_says_what_the_tables_say(tmp_path: Path) -> None:
     device = driver.open_device()
     with device:
         module = device.load(out.read_bytes(), "conformance")
-        count, named = module.function("conformance__count"), module.function("conformance__named_barrier")
+        count, ldmatrix = module.function("conformance__count"), module.function("conformance__ldmatrix")
         assert (count.param_nbytes, count.max_threads, count.binary_arch) == ([16, 8], 32, 80)
         assert count.num_registers > 0
-        assert (named.max_threads, named.static_smem_nbytes) == (128, 512)
+        assert (ldmatrix.max_threads, ldmatrix.static_smem_nbytes) == (32, 2048)
         assert len(module.symbols()) == 10
     device.close()
 
@@ -78,10 +79,29 @@ def test_objects_left_behind_are_counted() -> None:
     del graph, module
 
 
-def test_a_folder_is_the_last_line_printed() -> None:
+def test_the_last_line_printed_is_the_folder(tmp_path: Path) -> None:
+    """With one op only: the whole build is what the other tests run on."""
     done = subprocess.run(
-        ["python", str(build.HERE / "build.py"), "--help"], capture_output=True, text=True, check=True
+        [sys.executable, str(build.HERE / "build.py"), "--op", "rms_norm", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert "last line" not in done.stderr
-    assert build.default_folder().name == "hostsim"
-    assert build.default_folder("asan", ["linear"]).name == "hostsim-asan-linear"
+    folder = Path(done.stdout.splitlines()[-1])
+    assert folder == tmp_path
+    assert sorted(p.name for p in folder.glob("lib*")) == ["libcuda.so.1", "libkernels_host.so"]
+
+
+def test_builds_of_a_part_have_their_own_folder() -> None:
+    names = [build.default_folder(*a).name for a in ((), ("asan",), ("asan", ["linear"]), ("none", []))]
+    assert names == ["hostsim", "hostsim-asan", "hostsim-asan-linear", "hostsim-tests"]
+
+
+def test_a_kernel_that_does_not_compile(tmp_path: Path) -> None:
+    source = tmp_path / "broken.cu"
+    source.write_text('#include "common/dev.cuh"\nextern "C" __global__ void broken__x(int *p) { *p = nonsense; }\n')
+    with pytest.raises(build.BuildError, match=r"broken\.cu.*nonsense"):
+        build.Builder(tmp_path, "none", "g++").kernels(source)
+    source.write_text('#include "common/dev.cuh"\nint x;\n')
+    with pytest.raises(build.BuildError, match="no kernel"):
+        build.Builder(tmp_path, "none", "g++").kernels(source)

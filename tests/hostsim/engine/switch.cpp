@@ -1,7 +1,7 @@
 // hs_switch(save, load): put the callee-saved registers on this stack, its pointer in *save, and go on with `load`.
 #if defined(__x86_64__)
 asm(R"(
-.text
+.pushsection .text
 .globl hs_switch
 .hidden hs_switch
 .type hs_switch, @function
@@ -22,11 +22,11 @@ hs_switch:
   pop %rbp
   ret
 .size hs_switch, .-hs_switch
-.section .note.GNU-stack,"",@progbits
+.popsection
 )");
 #elif defined(__aarch64__)
 asm(R"(
-.text
+.pushsection .text
 .globl hs_switch
 .hidden hs_switch
 .type hs_switch, @function
@@ -58,7 +58,7 @@ hs_switch:
   add sp, sp, #160
   ret
 .size hs_switch, .-hs_switch
-.section .note.GNU-stack,"",@progbits
+.popsection
 )");
 #else
 #error "hostsim switches stacks on x86-64 and aarch64 only"
