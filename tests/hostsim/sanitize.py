@@ -32,7 +32,15 @@ def environment(sanitizer: str, ops: list[str] | None = None) -> dict[str, str]:
         ["g++", f"-print-file-name={LIBRARIES[sanitizer]}"], capture_output=True, text=True, check=True
     ).stdout.strip()
     preload = " ".join(filter(None, [library, os.environ.get("LD_PRELOAD")]))
-    return os.environ | OPTIONS[sanitizer] | {"LD_PRELOAD": preload, "GLLM_HOSTSIM": str(folder)}
+    return (
+        os.environ
+        | OPTIONS[sanitizer]
+        | {
+            "LD_PRELOAD": preload,
+            "GLLM_HOSTSIM": str(folder),
+            "GLLM_SANITIZER": sanitizer,
+        }
+    )
 
 
 def main() -> int:

@@ -23,6 +23,11 @@ def on_real_gpu() -> bool:
     return os.environ.get("GLLM_TEST_GPU", "") not in ("", "0")
 
 
+def is_sanitized() -> bool:
+    """Whether sanitize.py runs this process: then bugs planted on purpose end it."""
+    return "GLLM_SANITIZER" in os.environ
+
+
 @functools.cache
 def folder() -> Path:
     """The build, made now unless GLLM_HOSTSIM names one."""

@@ -14,7 +14,9 @@ import pytest
 from hostsim import sanitize, session
 from hostsim.direct import ORDERS, HostKernels, KernelFailedError
 
-pytestmark = pytest.mark.skipif(session.on_real_gpu(), reason="about the simulated device")
+pytestmark = pytest.mark.skipif(
+    session.on_real_gpu() or session.is_sanitized(), reason="bugs planted in the simulated device"
+)
 
 IN = np.arange(1, 129, dtype=np.float32)
 REVERSED = IN[::-1]
