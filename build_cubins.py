@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -84,34 +84,48 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     write_headers(tree.kernels / "generated")
     stale = [t for t in targets if not is_current(tree, t, files.get(t.file), nvcc.version)]
     problems: list[str] = []
+    for left in tree.cubin.glob(".build-*"):  # by a build that was killed; this one holds the lock
+        shutil.rmtree(left)
     scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=tree.cubin))
+    pool = ThreadPoolExecutor(max(1, jobs))
     try:
-        with ThreadPoolExecutor(max(1, jobs)) as pool:
-            outs = [scratch / t.file.replace("/", "-") for t in stale]
-            running = [pool.submit(build_one, tree, nvcc, t, out) for t, out in zip(stale, outs, strict=True)]
-            for target, out, future in zip(stale, outs, running, strict=True):
-                try:
-                    entry, command, warnings = future.result()
-                except BuildError as error:
-                    problems.append(str(error))
-                    continue
-                final = tree.cubin / target.file
-                final.parent.mkdir(exist_ok=True)
-                out.replace(final)
-                files[target.file] = entry
-                report(target, entry, command, warnings, verbose)
+        outs = {target: scratch / target.file.replace("/", "-") for target in stale}
+        running = {pool.submit(build_one, tree, nvcc, target, out): target for target, out in outs.items()}
+        for future in as_completed(running):
+            target = running[future]
+            try:
+                entry, command, warnings = future.result()
+            except BuildError as error:
+                problems.append(str(error))
+                continue
+            publish(tree, target, outs[target], entry, files)
+            report(target, entry, command, warnings, verbose)
     finally:
+        pool.shutdown(cancel_futures=True)
         shutil.rmtree(scratch)
     forget_strangers(tree, files)
-    manifest = {"format": MANIFEST_FORMAT, "flags": list(FLAGS), "files": dict(sorted(files.items()))}
-    write_atomically(tree.manifest, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_manifest(tree, files)
     total = sum(entry["nbytes"] for entry in files.values())
     done = len(stale) - len(problems)
     click.echo(
         f"{done} built, {len(targets) - len(stale)} up to date, {len(problems)} failed; "
         f"{len(files)} files, {total / 1e6:.2f} MB in {tree.cubin}"
     )
-    return problems
+    return sorted(problems)
+
+
+def publish(tree: Tree, target: Target, out: Path, entry: dict[str, Any], files: dict[str, Any]) -> None:
+    """Put a binary in its place and in the manifest at once, so that an interrupted build keeps what it did."""
+    final = tree.cubin / target.file
+    final.parent.mkdir(exist_ok=True)
+    out.replace(final)
+    files[target.file] = entry
+    write_manifest(tree, files)
+
+
+def write_manifest(tree: Tree, files: dict[str, Any]) -> None:
+    manifest = {"format": MANIFEST_FORMAT, "flags": list(FLAGS), "files": dict(sorted(files.items()))}
+    write_atomically(tree.manifest, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def forget_strangers(tree: Tree, files: dict[str, Any]) -> None:

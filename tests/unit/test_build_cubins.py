@@ -117,6 +117,29 @@ def test_a_damaged_binary_is_rebuilt_and_strangers_go(tree: Tree, compiler: Nvcc
 
 
 @has_nvcc
+def test_an_interrupted_build_keeps_what_it_did(
+    tree: Tree, compiler: Nvcc, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree.kernels / "sample.cu").write_text(TINY.replace("rope_table__tiny", "sample__tiny"))
+    targets = [TARGET, Target("sample", "80")]
+    reported: list[Target] = []
+
+    def interrupt(target: Target, *_: object) -> None:
+        reported.append(target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_cubins, "report", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build_cubins.build(tree, compiler, targets, jobs=1, verbose=False)
+    assert list(manifest(tree)["files"]) == [reported[0].file]
+    (tree.cubin / ".build-killed").mkdir()
+    assert build_cubins.build(tree, compiler, targets, jobs=1, verbose=False) == []
+    assert "1 built, 1 up to date" in capsys.readouterr().out
+    assert list(tree.cubin.glob(".build-*")) == []
+
+
+@has_nvcc
 def test_an_error_shows_file_and_line_and_spares_the_rest(tree: Tree, compiler: Nvcc) -> None:
     build(tree, compiler)
     before = (tree.cubin / TARGET.file).read_bytes()
