@@ -1,4 +1,4 @@
-"""What the CUDA backend does when the device, the driver or the binaries fail: typed errors, and nothing left behind."""
+"""What the CUDA backend does when device, driver or binaries fail: typed errors, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -65,9 +65,10 @@ class Program:
         scratch_nbytes = max((launch.workspace_nbytes for _, launch in self._calls), default=0)
         scratch = runtime.workspace.tensor("scratch", (scratch_nbytes,), U8)
         self._owners.append(scratch)
-        for args, launch in self._calls:
-            params = PackedParams(args, scratch.address) if launch.takes_workspace else PackedParams(args)
-            self._ready.append(_Ready(runtime.library.function(launch.symbol), launch, params))
+        with runtime.device:
+            for args, launch in self._calls:
+                params = PackedParams(args, scratch.address) if launch.takes_workspace else PackedParams(args)
+                self._ready.append(_Ready(runtime.function(launch), launch, params))
         return self
 
     def issue(self) -> None:
