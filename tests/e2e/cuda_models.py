@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -21,6 +22,14 @@ from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.ops import CONTRACTS
 
 SIMULATED_ARCH = "80"
+ORDER = {name: os.environ[f"HOSTSIM_{name}"] for name in ("ORDER", "SEED") if f"HOSTSIM_{name}" in os.environ}
+
+
+def fresh(**settings: str) -> session.Stub:
+    """The simulated device as a new process finds it, but for `settings`; the order of threads is what CI asks for."""
+    stub = session.stub()
+    stub.reset(**ORDER, **settings)
+    return stub
 
 
 @functools.cache
