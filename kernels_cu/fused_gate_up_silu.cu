@@ -15,6 +15,7 @@ __device__ __forceinline__ float activate(float x, int activation) {
 
 struct GateUp {
   static constexpr int kUnit = 2;
+  static constexpr bool kNorm = true;
   const FusedGateUpSiluArgs &a;
   const float *x, *norm;
   const int T, K;
@@ -25,8 +26,8 @@ struct GateUp {
   __device__ __forceinline__ int num_units() const { return ceil_div(a.F, kTileRows); }
 
   template <class D>
-  __device__ __forceinline__ WeightRow row(int tile, int r) const {
-    return weight_row<D>(tile % 2 == 0 ? a.gate : a.up, tile / 2 * kTileRows + r, a.F, K);
+  __device__ __forceinline__ WeightTile<D> tile(int index) const {
+    return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
   }
 
   __device__ __forceinline__ void put(int token, int f, float gate, float up) const {
@@ -59,7 +60,7 @@ struct GateUp {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half>(a.x, a.norm, a.T, a.D, a.eps, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, true>(a.x, a.norm, a.T, a.D, a.eps, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 KERNEL((kRowThreads), rows_f32, void *scratch) { normalize_row(a.x, a.norm, a.D, a.eps, static_cast<float *>(scratch)); }

@@ -16,6 +16,7 @@ constexpr int kUnitRows = 2 * kTileRows;
 
 struct Qkv {
   static constexpr int kUnit = 2;
+  static constexpr bool kNorm = true;
   const FusedQkvRopeArgs &a;
   const float *x, *norm;
   const int T, K;
@@ -47,38 +48,38 @@ struct Qkv {
   __device__ __forceinline__ int dtype_of(int part) const { return part == 0 ? a.wq_dtype : part == 1 ? a.wk_dtype : a.wv_dtype; }
   __device__ __forceinline__ const float *bias_of(int part) const { return part == 0 ? a.bq : part == 1 ? a.bk : a.bv; }
 
-  // The row of its projection that stands at row r of tile 0 or 1 of a unit.
-  __device__ __forceinline__ int projection_row(int part, int unit, int tile, int r) const {
+  // Which rows of its projection stand in tile 0 or 1 of a unit: first, first + step, ...
+  __device__ __forceinline__ int first_row(int part, int unit, int tile) const {
     const int first = unit * kUnitRows, dim = first % a.Dh;
-    if (!rotates || part == 2 || dim >= 2 * a.R) return first + tile * kTileRows + r;
-    if (a.rope_style == 1) return first + 2 * r + tile;
-    return first - dim + dim / 2 + r + tile * a.R;
+    if (!rotated(part, dim)) return first + tile * kTileRows;
+    return a.rope_style == 1 ? first + tile : first - dim / 2 + tile * a.R;
   }
+  __device__ __forceinline__ int row_step(int part, int unit) const {
+    return a.rope_style == 1 && rotated(part, unit * kUnitRows % a.Dh) ? 2 : 1;
+  }
+  __device__ __forceinline__ bool rotated(int part, int dim) const { return rotates && part != 2 && dim < 2 * a.R; }
 
   // Rows of projections stored in another type are left out: a launch per type computes them.
   template <class D>
-  __device__ __forceinline__ WeightRow row(int tile, int r) const {
-    int unit = tile / 2;
-    const int part = part_of(unit), index = projection_row(part, unit, tile % 2, r);
-    return weight_row<D>(weight_of(part), dtype_of(part) == D::kCode && index >= 0 ? index : rows_of(part), rows_of(part), K);
+  __device__ __forceinline__ WeightTile<D> tile(int index) const {
+    int unit = index / 2;
+    const int part = part_of(unit), rows = rows_of(part);
+    const bool mine = dtype_of(part) == D::kCode && unit < units(rows);
+    return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
   }
 
-  // Where key (part 1) or value (part 2) of a token goes: the element of dim 0 of its head.
+  // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
   __device__ __forceinline__ int64_t slot(int token, int part, int head) const {
-    const int64_t position = a.positions[token];
-    int64_t page = position / a.P, within = position % a.P;
-    if (position < (int64_t{1} << 31)) page = static_cast<unsigned>(position) / static_cast<unsigned>(a.P), within = static_cast<unsigned>(position) % static_cast<unsigned>(a.P);
-    page = a.page_table[static_cast<int64_t>(a.seq[token]) * a.MP + page];
+    if (part == 0) return static_cast<int64_t>(token) * a.QD + head * a.Dh;
+    const int64_t position = a.positions[token], index = position / a.P, within = position - index * a.P;
+    const int64_t page = a.page_table[static_cast<int64_t>(a.seq[token]) * a.MP + index];
     return ((((page * a.L + a.layer) * 2 + (part - 1)) * a.HK + head) * a.P + within) * a.Dh;
   }
 
-  __device__ __forceinline__ void put(int token, int part, int row, float value) const {
+  __device__ __forceinline__ void put(int part, int64_t i, float value) const {
     if (part == 0) {
-      a.q[static_cast<int64_t>(token) * a.QD + row] = value;
-      return;
-    }
-    const int64_t i = slot(token, part, row / a.Dh) + row % a.Dh;
-    if (a.kv_dtype == kCodeF16) {
+      a.q[i] = value;
+    } else if (a.kv_dtype == kCodeF16) {
       static_cast<__half *>(a.kv)[i] = from_f32<__half>(value);
     } else if (a.kv_dtype == kCodeBF16) {
       static_cast<bf16 *>(a.kv)[i] = from_f32<bf16>(value);
@@ -94,7 +95,8 @@ struct Qkv {
   template <class D>
   __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2]) const {
     if (unit >= num_units()) return;
-    const int part = part_of(unit), first = projection_row(part, unit, 0, r), second = projection_row(part, unit, 1, r);
+    const int part = part_of(unit), step = row_step(part, unit);
+    const int first = first_row(part, unit, 0) + r * step, second = first_row(part, unit, 1) + r * step;
     if (dtype_of(part) != D::kCode) return;
     if (!rotates) {
       if (first < rows_of(part)) raw_row(token, part)[first] = values[0];
@@ -105,9 +107,11 @@ struct Qkv {
     float u = values[0], v = values[1];
     if (bias != nullptr) u += bias[first], v += bias[second];
     const int dim = unit * kUnitRows % a.Dh;
-    if (part != 2 && dim < 2 * a.R) rotate(token, dim / 2 + r, u, v);
-    put(token, part, first, u);
-    put(token, part, second, v);
+    if (rotated(part, dim)) rotate(token, dim / 2 + r, u, v);
+    const int head = first / a.Dh;
+    const int64_t to = slot(token, part, head) - head * a.Dh;
+    put(part, to + first, u);
+    put(part, to + second, v);
   }
 
   // Turn (u, v) by the angle of pair i at the token's position.
@@ -141,15 +145,16 @@ struct Qkv {
       factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(a.Dh) + a.qk_eps);
     }
     const auto value = [&](int d) { return weight != nullptr ? biased(d) * factor * weight[d] : biased(d); };
+    const int64_t to = slot(token, part, first / a.Dh);
     const int pairs = part == 2 ? 0 : a.R;
     for (int i = lane; i < pairs; i += 32) {  // a lane reads both of a pair before it writes them: q is changed in place
       const int d0 = a.rope_style == 1 ? 2 * i : i, d1 = a.rope_style == 1 ? 2 * i + 1 : i + a.R;
       float u = value(d0), v = value(d1);
       rotate(token, i, u, v);
-      put(token, part, first + d0, u);
-      put(token, part, first + d1, v);
+      put(part, to + d0, u);
+      put(part, to + d1, v);
     }
-    for (int d = 2 * pairs + lane; d < a.Dh; d += 32) put(token, part, first + d, value(d));
+    for (int d = 2 * pairs + lane; d < a.Dh; d += 32) put(part, to + d, value(d));
   }
 };
 
@@ -161,7 +166,7 @@ struct Qkv {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name) { prepare_row<Half>(a.x, a.norm, a.T, a.D, a.eps, Qkv(a, scratch).rows_scratch()); }
+  KERNEL((kRowThreads), rows_##name) { prepare_row<Half, true>(a.x, a.norm, a.T, a.D, a.eps, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 KERNEL((kRowThreads), rows_f32) { normalize_row(a.x, a.norm, a.D, a.eps, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }

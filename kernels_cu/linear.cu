@@ -9,6 +9,7 @@
 
 struct Linear {
   static constexpr int kUnit = 1;
+  static constexpr bool kNorm = false;
   const LinearArgs &a;
   const float *x, *norm = nullptr;
   const int T, K;
@@ -19,8 +20,8 @@ struct Linear {
   __device__ __forceinline__ int num_units() const { return ceil_div(a.N, kTileRows); }
 
   template <class D>
-  __device__ __forceinline__ WeightRow row(int tile, int r) const {
-    return weight_row<D>(a.weight, tile * kTileRows + r, a.N, K);
+  __device__ __forceinline__ WeightTile<D> tile(int index) const {
+    return {a.weight, index * kTileRows, 1, a.N, K};
   }
 
   __device__ __forceinline__ void put(int token, int n, float value) const {
@@ -54,7 +55,7 @@ struct Linear {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half>(a.x, nullptr, a.T, a.K, 0.f, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, false>(a.x, nullptr, a.T, a.K, 0.f, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 

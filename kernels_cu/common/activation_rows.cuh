@@ -32,17 +32,17 @@ __device__ __forceinline__ int scale_exponent(float top) {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23); }
 
-// All kRowThreads threads of the block; `scratch` has an entry per warp. norm null: no norm.
-template <class Half>
+// All kRowThreads threads of the block; `scratch` has an entry per warp.
+template <class Half, bool kNorm>
 __device__ __forceinline__ RowFactors row_factors(const float *x, const float *norm, int K, float eps, float *scratch) {
   float sum = 0, top = 0;
   for (int k = threadIdx.x; k < K; k += kRowThreads) {
     const float v = x[k];
     sum = fmaf(v, v, sum);
-    top = fmaxf(top, finite_magnitude(norm != nullptr ? v * norm[k] : v));
+    top = fmaxf(top, finite_magnitude(kNorm ? v * norm[k] : v));
   }
   float factor = 1.f;
-  if (norm != nullptr) factor = 1.f / sqrtf(block_sum<kRowThreads>(sum, scratch) / static_cast<float>(K) + eps);
+  if constexpr (kNorm) factor = 1.f / sqrtf(block_sum<kRowThreads>(sum, scratch) / static_cast<float>(K) + eps);
   if constexpr (kIsBF16<Half>) {
     return {factor, 1.f, 1.f};
   } else {
@@ -51,8 +51,10 @@ __device__ __forceinline__ RowFactors row_factors(const float *x, const float *n
   }
 }
 
+template <bool kNorm>
 __device__ __forceinline__ float normalized(const float *x, const float *norm, int k, float factor) {
-  return norm != nullptr ? x[k] * factor * norm[k] : x[k];
+  if constexpr (kNorm) return x[k] * factor * norm[k];
+  return x[k];
 }
 
 // The planes of two neighbouring values, each plane as a word of two 16-bit floats. An infinity or NaN is whole in the
@@ -89,17 +91,17 @@ struct PreparedRows {
 };
 
 // One block per token.
-template <class Half>
+template <class Half, bool kNorm>
 __device__ __forceinline__ void prepare_row(const float *x, const float *norm, int T, int K, float eps, void *scratch) {
   SHARED(float, reduction, kRowThreads / 32);
   const PreparedRows out(scratch, T, K);
   const int64_t t = blockIdx.x;
   x += t * K;
-  const RowFactors f = row_factors<Half>(x, norm, K, eps, reduction);
+  const RowFactors f = row_factors<Half, kNorm>(x, norm, K, eps, reduction);
   auto *row = reinterpret_cast<uint32_t *>(out.rows + t * out.row_nbytes);
   for (int k = 2 * threadIdx.x; k < out.row_nbytes / 2; k += 2 * kRowThreads) {
-    const float lo = k < K ? normalized(x, norm, k, f.factor) * f.scale : 0.f;
-    const float hi = k + 1 < K ? normalized(x, norm, k + 1, f.factor) * f.scale : 0.f;
+    const float lo = k < K ? normalized<kNorm>(x, norm, k, f.factor) * f.scale : 0.f;
+    const float hi = k + 1 < K ? normalized<kNorm>(x, norm, k + 1, f.factor) * f.scale : 0.f;
     row[k / 2] = pack_pair<Half>(lo, hi);
   }
   if (threadIdx.x == 0) out.unscale[t] = f.unscale;
@@ -109,6 +111,6 @@ __device__ __forceinline__ void prepare_row(const float *x, const float *norm, i
 __device__ __forceinline__ void normalize_row(const float *x, const float *norm, int K, float eps, float *out) {
   SHARED(float, reduction, kRowThreads / 32);
   const int64_t t = blockIdx.x;
-  const RowFactors f = row_factors<bf16>(x + t * K, norm, K, eps, reduction);
-  for (int k = threadIdx.x; k < K; k += kRowThreads) out[t * K + k] = normalized(x + t * K, norm, k, f.factor);
+  const RowFactors f = row_factors<bf16, true>(x + t * K, norm, K, eps, reduction);
+  for (int k = threadIdx.x; k < K; k += kRowThreads) out[t * K + k] = normalized<true>(x + t * K, norm, k, f.factor);
 }

@@ -10,9 +10,9 @@
 //
 // `Op` says what is multiplied and what becomes of it:
 //   kUnit                        tiles of eight weight rows whose results are wanted together
-//   x, norm, T, K, eps           the activations; norm null: as they are
+//   kNorm; x, norm, T, K, eps    the activations, and whether they are normalized first
 //   num_units()
-//   row<D>(tile, r)              a weight row of tile (unit * kUnit + i), or one without data
+//   tile<D>(unit * kUnit + i)    the rows of a tile, a WeightTile; none past the last unit
 //   store<D>(token, unit, r, v)  v[kUnit], one value per tile
 #pragma once
 
@@ -58,10 +58,11 @@ struct Gemv {
     const int unit = blockIdx.x + n / per_unit * gridDim.x;
     if (unit < op.num_units()) {
       const int within = n % per_unit, first = within / Op::kUnit * kSegment;
-      const int tile = unit * Op::kUnit + within % Op::kUnit, lane = threadIdx.x % 32;
-      for (int i = lane; i < kTileRows * Tile::kPieces; i += 32) {
+      const WeightTile<D> tile = op.template tile<D>(unit * Op::kUnit + within % Op::kUnit);
+#pragma unroll(Tile::kBlocks ? 1 : 4)
+      for (int i = threadIdx.x % 32; i < kTileRows * Tile::kPieces; i += 32) {
         const int r = i / Tile::kPieces;
-        Tile::copy(ring + stage * kStageNbytes, r, i % Tile::kPieces, op.template row<D>(tile, r), first, op.K);
+        Tile::copy(ring + stage * kStageNbytes, r, i % Tile::kPieces, tile.row(r), first, op.K);
       }
     }
     cp_async_commit();
@@ -70,11 +71,12 @@ struct Gemv {
   // Activations of segments first_segment .. of the panel, every plane, zeros behind K.
   __device__ __forceinline__ void fill_rows(int first_segment, const float *factors, const float *scales) const {
     const int first = first_segment * kSegment, pairs = row_stride() / 4;
+#pragma unroll 2
     for (int i = threadIdx.x; i < op.T * pairs; i += kGemvThreads) {
       const int t = i / pairs, k = i % pairs * 2;
       const float *x = op.x + static_cast<int64_t>(t) * op.K;
-      const float lo = first + k < op.K ? normalized(x, op.norm, first + k, factors[t]) * scales[t] : 0.f;
-      const float hi = first + k + 1 < op.K ? normalized(x, op.norm, first + k + 1, factors[t]) * scales[t] : 0.f;
+      const float lo = first + k < op.K ? normalized<Op::kNorm>(x, op.norm, first + k, factors[t]) * scales[t] : 0.f;
+      const float hi = first + k + 1 < op.K ? normalized<Op::kNorm>(x, op.norm, first + k + 1, factors[t]) * scales[t] : 0.f;
       uint32_t words[kPlanes];
       split_pair<Half, kPlanes>(lo, hi, words);
 #pragma unroll
@@ -90,9 +92,10 @@ struct Gemv {
     const unsigned char *weights = ring + stage * kStageNbytes;
     int lead = 0, scale_lead[2] = {0, 0};
     if constexpr (Tile::kBlocks) {
-      lead = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, g).data, first);
-      scale_lead[0] = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, 2 * t).data, first);
-      scale_lead[1] = Tile::lead(op.template row<D>(unit * Op::kUnit + tile, 2 * t + 1).data, first);
+      const WeightTile<D> from = op.template tile<D>(unit * Op::kUnit + tile);
+      lead = Tile::lead(from.row(g).data, first);
+      scale_lead[0] = Tile::lead(from.row(2 * t).data, first);
+      scale_lead[1] = Tile::lead(from.row(2 * t + 1).data, first);
     }
     float sum[kTokenTiles][4] = {};
     const int steps = min(kSegment, op.K - first + kStep - 1) / kStep;
@@ -123,6 +126,7 @@ struct Gemv {
 
   __device__ __forceinline__ void add_parts(int first_segment) const {
     const int entries = Op::kUnit * slots * 8, count = min(panel_segments, segments - first_segment);
+#pragma unroll 1
     for (int i = threadIdx.x; i < entries; i += kGemvThreads) {
       float total = first_segment == 0 ? 0.f : totals[i];
       for (int s = 0; s < count; s++) total += parts[s * entries + i];
@@ -131,6 +135,7 @@ struct Gemv {
   }
 
   __device__ __forceinline__ void store(int unit, const float *unscales) const {
+#pragma unroll 1
     for (int i = threadIdx.x; i < op.T * 8; i += kGemvThreads) {
       const int t = i / 8, r = i % 8;
       float values[Op::kUnit];
@@ -156,11 +161,11 @@ __device__ __forceinline__ void gemv(const Op &op) {
   SHARED(float, unscales, kMaxGemvTokens);
   const Kernel kernel(op, shared);
   int next = threadIdx.x / 32, stage = 0;  // this warp's next tile, and its place in the ring
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < Kernel::kStages; s++) kernel.copy_tile(next + s * kGemvWarps, s);
 
   for (int t = 0; t < op.T; t++) {
-    const RowFactors f = row_factors<typename D::Half>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, op.eps, reduction);
+    const RowFactors f = row_factors<typename D::Half, Op::kNorm>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, op.eps, reduction);
     if (threadIdx.x == 0) factors[t] = f.factor, scales[t] = f.scale, unscales[t] = f.unscale;
   }
   const bool one_panel = kernel.panel_segments == kernel.segments;

@@ -4,7 +4,7 @@
 // from shared memory to registers. kStages tiles of 64 elements of K are under way at once. Each warp sums segments of K
 // apart and adds them in order, as gemv.cuh does: an output has the same bits whatever the tile and the number of tokens.
 //
-// `Op` as in gemv.cuh; tiles of one unit are neighbours in a block, so one thread holds the values stored together.
+// `Op` as in gemv.cuh; tiles of one unit are neighbours in a block, so it holds all values that are stored together.
 #pragma once
 
 #include "activation_rows.cuh"
@@ -25,6 +25,7 @@ template <class D, class Shape, class Op>
 struct MmaGemm {
   using Tile = typename Shape::Tile;
   static constexpr int kDepth = Shape::kDepth, kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles;
+  static constexpr int kCopies = (Shape::kRows * Tile::kPieces + Shape::kThreads - 1) / Shape::kThreads;
 
   const Op &op;
   const PreparedRows &prepared;
@@ -32,19 +33,28 @@ struct MmaGemm {
   const int first_token, first_tile;  // of the block
   const int warp_token, warp_tile;    // of the warp, within the block
 
-  __device__ __forceinline__ void copy_stage(int stage, int first) const {
+  // The rows of weights whose pieces this thread copies, the same in every stage.
+  __device__ __forceinline__ void find_rows(WeightRow (&from)[kCopies]) const {
+#pragma unroll
+    for (int j = 0; j < kCopies; j++) {
+      const int r = (static_cast<int>(threadIdx.x) + j * Shape::kThreads) / Tile::kPieces;
+      from[j] = op.template tile<D>(first_tile + r / 8).row(r % 8);
+    }
+  }
+
+  __device__ __forceinline__ void copy_stage(int stage, int first, const WeightRow (&from)[kCopies]) const {
     unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
 #pragma unroll
     for (int i = threadIdx.x; i < Shape::kTokens * 8; i += Shape::kThreads) {
       const int r = i / 8, piece = i % 8;
       const bool valid = first_token + r < op.T;
-      const unsigned char *from = prepared.rows + (valid ? first_token + r : 0) * prepared.row_nbytes + first * 2 + piece * 16;
-      cp_async16(tokens + activation_offset(r, Shape::kTokenNbytes, piece * 8), from, valid);
+      const unsigned char *row = prepared.rows + (valid ? first_token + r : 0) * prepared.row_nbytes;
+      cp_async16(tokens + activation_offset(r, Shape::kTokenNbytes, piece * 8), row + first * 2 + piece * 16, valid);
     }
-#pragma unroll(Tile::kBlocks ? 1 : 4)
-    for (int i = threadIdx.x; i < Shape::kRows * Tile::kPieces; i += Shape::kThreads) {
-      const int r = i / Tile::kPieces;
-      Tile::copy(weights, r, i % Tile::kPieces, op.template row<D>(first_tile + r / 8, r % 8), first, op.K);
+#pragma unroll
+    for (int j = 0; j < kCopies; j++) {
+      const int i = threadIdx.x + j * Shape::kThreads, r = i / Tile::kPieces;
+      if (i < Shape::kRows * Tile::kPieces) Tile::template copy<Shape::kAlignedRows>(weights, r, i % Tile::kPieces, from[j], first, op.K);
     }
   }
 
@@ -85,26 +95,31 @@ struct MmaGemm {
     }
   }
 
+  // Results go through shared memory: stores to device memory then run along the rows, and their code exists once.
   __device__ __forceinline__ void store(const float (&total)[kTokenTiles][kRowTiles][4]) const {
+    constexpr int kStride = Shape::kRows + 8, kUnits = Shape::kRows / (8 * Op::kUnit);
+    static_assert(Shape::kTokens * kStride * 4 <= Shape::kStages * Shape::kStageNbytes, "the results fit where the stages were");
+    auto *results = reinterpret_cast<float *>(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int m = 0; m < kTokenTiles; m++) {
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int token = first_token + warp_token + m * 16 + h * 8 + g;
-        if (token >= op.T) continue;
-        const float unscale = prepared.unscale[token];
-#pragma unroll
-        for (int n = 0; n < kRowTiles; n += Op::kUnit) {
-#pragma unroll
-          for (int c = 0; c < 2; c++) {
-            float values[Op::kUnit];
-#pragma unroll
-            for (int i = 0; i < Op::kUnit; i++) values[i] = total[m][n + i][2 * h + c] * unscale;
-            op.template store<D>(token, (first_tile + warp_tile + n) / Op::kUnit, 2 * t + c, values);
-          }
-        }
+      for (int n = 0; n < kRowTiles; n++) {
+        float *to = results + (warp_token + m * 16 + g) * kStride + (warp_tile + n) * 8 + 2 * t;
+        *reinterpret_cast<float2 *>(to) = make_float2(total[m][n][0], total[m][n][1]);
+        *reinterpret_cast<float2 *>(to + 8 * kStride) = make_float2(total[m][n][2], total[m][n][3]);
       }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Shape::kTokens * kUnits * 8; i += Shape::kThreads) {
+      const int r = i % 8, unit = i / 8 % kUnits, token = i / (8 * kUnits);
+      if (first_token + token >= op.T) break;
+      const float unscale = prepared.unscale[first_token + token];
+      float values[Op::kUnit];
+#pragma unroll
+      for (int u = 0; u < Op::kUnit; u++) values[u] = results[token * kStride + (unit * Op::kUnit + u) * 8 + r] * unscale;
+      op.template store<D>(first_token + token, first_tile / Op::kUnit + unit, r, values);
     }
   }
 };
@@ -113,7 +128,7 @@ template <class D, class Shape, class Op>
 __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepared) {
   using Kernel = MmaGemm<D, Shape, Op>;
   constexpr int kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages, kDepth = Shape::kDepth;
-  static_assert(kRowTiles % Op::kUnit == 0, "the tiles of a unit belong to one warp");
+  static_assert(Shape::kRows % (8 * Op::kUnit) == 0, "the tiles of a unit belong to one block");
   DYN_SHARED(unsigned char, shared);
   const int warp = threadIdx.x / 32, row_warps = Shape::kRows / (kRowTiles * 8);
   const Kernel kernel{op, prepared, shared, static_cast<int>(blockIdx.y) * Shape::kTokens, static_cast<int>(blockIdx.x) * (Shape::kRows / 8),
@@ -124,25 +139,25 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
     const int lane = threadIdx.x % 32, r[3] = {lane / 4, lane % 4 * 2, lane % 4 * 2 + 1};
 #pragma unroll
     for (int n = 0; n < kRowTiles; n++) {
+      const WeightTile<D> tile = op.template tile<D>(kernel.first_tile + kernel.warp_tile + n);
 #pragma unroll
-      for (int i = 0; i < 3; i++) {
-        const WeightRow row = op.template row<D>(kernel.first_tile + kernel.warp_tile + n, r[i]);
-        starts[n] |= static_cast<unsigned>(address_of(row.data) & 15) << 8 * i;
-      }
+      for (int i = 0; i < 3; i++) starts[n] |= static_cast<unsigned>(address_of(tile.row(r[i]).data) & 15) << 8 * i;
     }
   }
 
   const int depths = ceil_div(op.K, kDepth);
-#pragma unroll
+  WeightRow from[Kernel::kCopies];
+  kernel.find_rows(from);
+#pragma unroll 1
   for (int s = 0; s < kStages - 1; s++) {
-    if (s < depths) kernel.copy_stage(s, s * kDepth);
+    if (s < depths) kernel.copy_stage(s, s * kDepth, from);
     cp_async_commit();
   }
   float total[kTokenTiles][kRowTiles][4] = {}, sum[kTokenTiles][kRowTiles][4] = {};
   for (int d = 0; d < depths; d++) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // stage d has landed for all, and all are done with the stage that is filled next
-    if (d + kStages - 1 < depths) kernel.copy_stage((d + kStages - 1) % kStages, (d + kStages - 1) * kDepth);
+    if (d + kStages - 1 < depths) kernel.copy_stage((d + kStages - 1) % kStages, (d + kStages - 1) * kDepth, from);
     cp_async_commit();
     kernel.multiply_stage(d % kStages, d * kDepth, starts, sum);
     if ((d + 1) % (kSegment / kDepth) == 0 || d + 1 == depths) {
@@ -157,5 +172,6 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
     }
   }
   cp_async_wait<0>();
+  __syncthreads();  // all have read the last stage
   kernel.store(total);
 }

@@ -10,36 +10,45 @@
 constexpr int kPlainThreads = 256;
 constexpr int kPlainTokens = 8;
 
-template <class D, bool kAligned>
-__device__ __forceinline__ void plain_dot(const void *row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 2
-  for (int k = lane * 8; k < K; k += 256) {
+template <class D>
+__device__ __forceinline__ float element(const void *row, int k) {
+  if constexpr (!kIsQuantized<D>) return load_one<D>(row, k);
+  const auto *block = static_cast<const unsigned char *>(row) + static_cast<int64_t>(k / 32) * D::kBlockNbytes;
+  int value;
+  if constexpr (D::kCode == kCodeQ8_0) {
+    value = static_cast<int8_t>(block[2 + k % 32]);
+  } else {
+    value = (block[2 + k % 16] >> (k % 32 < 16 ? 0 : 4) & 15) - 8;
+  }
+  return static_cast<float>(value) * block_scale(block);
+}
+
+// Rows of eight and more at multiples of 16 bytes.
+template <class D>
+__device__ __forceinline__ void aligned_dot(const void *row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
+#pragma unroll 1
+  for (int k = threadIdx.x % 32 * 8; k < K; k += 256) {
     float w[8];
-    const int count = min(8, K - k);
-    if (count == 8) {
-      dequantize8<D, kAligned>(row, k, w);
-    } else {
-      if constexpr (!kIsQuantized<D>) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) w[i] = i < count ? load_one<D>(row, k + i) : 0.f;
-      }
-    }
+    dequantize8<D, true>(row, k, w);
 #pragma unroll
     for (int t = 0; t < kPlainTokens; t++) {
       if (t >= tokens) break;
-      const float *v = x + static_cast<int64_t>(t) * K + k;
-      if (kAligned && count == 8) {
-        float y[8];
-        load8_aligned(v, y);
+      float y[8];
+      load8_aligned(x + static_cast<int64_t>(t) * K + k, y);
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], y[i], sum[t]);
-      } else {
+      for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], y[i], sum[t]);
+    }
+  }
+}
+
+template <class D>
+__device__ __forceinline__ void any_dot(const void *row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
+#pragma unroll 1
+  for (int k = threadIdx.x % 32; k < K; k += 32) {
+    const float w = element<D>(row, k);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-          if (i < count) sum[t] = fmaf(w[i], v[i], sum[t]);
-        }
-      }
+    for (int t = 0; t < kPlainTokens; t++) {
+      if (t < tokens) sum[t] = fmaf(w, x[static_cast<int64_t>(t) * K + k], sum[t]);
     }
   }
 }
@@ -48,9 +57,9 @@ template <class D>
 __device__ __forceinline__ void plain_row_of(const void *weight, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
   const void *data = byte_offset(weight, row * row_nbytes<D>(K));
   if (is_aligned(weight, 16) && is_aligned(x, 16) && K % 8 == 0) {
-    plain_dot<D, true>(data, x, tokens, K, sum);
+    aligned_dot<D>(data, x, tokens, K, sum);
   } else {
-    plain_dot<D, false>(data, x, tokens, K, sum);
+    any_dot<D>(data, x, tokens, K, sum);
   }
 }
 

@@ -23,12 +23,22 @@ struct WeightRow {
   const unsigned char *end;
 };
 
+// Eight rows of a weight of `rows` rows: first, first + step, ... as far as they exist.
 template <class D>
-__device__ __forceinline__ WeightRow weight_row(const void *weight, int row, int rows, int K) {
-  const auto *base = static_cast<const unsigned char *>(weight);
-  const int64_t nbytes = row_nbytes<D>(K);
-  return {row < rows ? base + row * nbytes : nullptr, base + rows * nbytes};
-}
+struct WeightTile {
+  const unsigned char *data, *end;
+  int64_t stride;  // bytes from one to the next
+  int count;
+
+  __device__ __forceinline__ WeightTile(const void *weight, int first, int step, int rows, int K) {
+    const int64_t nbytes = row_nbytes<D>(K);
+    data = static_cast<const unsigned char *>(weight) + first * nbytes;
+    end = static_cast<const unsigned char *>(weight) + rows * nbytes;
+    stride = step * nbytes;
+    count = max(0, min(kTileRows, ceil_div(rows - first, step)));
+  }
+  __device__ __forceinline__ WeightRow row(int r) const { return {r < count ? data + r * stride : nullptr, end}; }
+};
 
 // The layout of a format's rows in shared memory, kElements of a row at a time.
 template <class D, int kElements>
@@ -47,6 +57,8 @@ struct RowTile {
 
   // Starts the copy of piece `piece` of elements first .. first+kElements-1 of a row. What is past the row's end becomes
   // zero in float formats; in block formats it is not to be used.
+  // kWholePieces: rows start at multiples of 16 bytes, so no piece is cut off by the tensor's end.
+  template <bool kWholePieces = false>
   static __device__ __forceinline__ void copy(unsigned char *tile, int r, int piece, WeightRow row, int first, int K) {
     if constexpr (!kBlocks) {
       const int k = first + piece * 8;
@@ -60,9 +72,10 @@ struct RowTile {
       if (piece * 16 >= used) return;
       const unsigned char *from = start - skip + piece * 16;
       unsigned char *to = tile + r * kStride + piece * 16;
-      if (from + 16 <= row.end) {
+      if (kWholePieces || from + 16 <= row.end) {
         cp_async16(to, from);
       } else {  // the tensor ends within this piece
+#pragma unroll 1
         for (int i = 0; from + i < row.end; i += 2) *reinterpret_cast<uint16_t *>(to + i) = *reinterpret_cast<const uint16_t *>(from + i);
       }
     }
