@@ -107,12 +107,16 @@ class Builder:
 
 def build(
     out: Path | None = None,
-    sanitizer: str = "none",
+    sanitizer: str | None = None,
     compiler: str = "g++",
     ops: list[str] | None = None,
     jobs: int | None = None,
 ) -> Path:
-    """Build into `out` and return it. Raises BuildError with every compiler's complaint."""
+    """Build into `out` and return it: for the sanitizer this process runs under, unless another is named.
+
+    Raises BuildError with every compiler's complaint.
+    """
+    sanitizer = sanitizer or os.environ.get("GLLM_SANITIZER", "none")
     out = out or default_folder(sanitizer, ops)
     builder = Builder(out, sanitizer, compiler)
     with (out / ".lock").open("w") as lock:  # one build at a time in a folder
