@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_models import load_cuda, tiny
+from cuda_models import fresh, load_cuda, tiny
 from hostsim import session
 from oracle import numpy_model, tiny_models, to_gguf
 
@@ -37,9 +37,9 @@ def nothing_left() -> Iterator[None]:
     if session.on_real_gpu():
         yield
         return
-    session.stub().reset(THREADS="2")
+    stub = fresh(THREADS="2")
     yield
-    assert session.stub().live() == {}
+    assert stub.live() == {}
 
 
 def open_tiny(name: str) -> tuple[Path, tiny_models.Row, str]:
