@@ -17,7 +17,7 @@ import numpy as np
 from .config import KvCacheConfig, SamplingConfig
 from .engine import Engine, Progress, Request
 from .errors import BackendError, CapacityError, GllmError, RequestError
-from .types import FLOAT_DTYPES, Traffic
+from .types import DTYPES, FLOAT_DTYPES, Traffic
 
 if TYPE_CHECKING:
     from .backends.base import Backend
@@ -341,7 +341,8 @@ def _place(
         arch = checkpoint.arch
         kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        fits = int(KV_MEMORY_SHARE * backend.available_memory()) // one_page.page_nbytes * PAGE_SIZE
+        free = backend.available_memory() - (0 if backend.maps_weights else _weights_nbytes(checkpoint, dtype))
+        fits = int(KV_MEMORY_SHARE * max(free, 0)) // one_page.page_nbytes * PAGE_SIZE
         context = _context_length(arch.context_length, context_length, fits)
         backend.prepare({t.dtype.name for t in checkpoint.tensors.values()} | {kv_dtype})
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
@@ -357,6 +358,15 @@ def default_kv_dtype(checkpoint: Checkpoint) -> str:
     """f32 models keep an f32 cache, bf16 ones (whose range f16 lacks) bf16; all others f16."""
     stored = checkpoint.tensors["layers.0.k"].dtype.name
     return stored if stored in FLOAT_DTYPES else "f16"
+
+
+def _weights_nbytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the weights once float matrices are in `dtype`."""
+    tensors = {t.address: t for t in checkpoint.tensors.values()}.values()  # tied ones once
+    return sum(
+        t.nbytes if dtype == "auto" or t.dtype.is_quantized else t.num_rows * DTYPES[dtype].row_nbytes(t.shape[-1])
+        for t in tensors
+    )
 
 
 def _context_length(models: int, wanted: int | None, fits: int) -> int:

@@ -81,6 +81,14 @@ def test_a_cache_too_large_for_the_device_is_refused(stub: session.Stub) -> None
         load_cuda(tiny(MODEL), context_length=512)
 
 
+def test_the_default_context_is_what_fits_beside_the_weights(stub: session.Stub, expected: list[int]) -> None:
+    weights = open_checkpoint(tiny(MODEL), progress=False).nbytes
+    stub.reset(MEM=str(weights + 400_000))
+    with load_cuda(tiny(MODEL)) as llm:
+        assert 64 < llm.context_length < llm.arch.context_length
+        assert generate(llm) == expected
+
+
 @pytest.mark.parametrize("number", [1, 2, 5, 8])
 def test_no_room_for_a_step_ends_that_request_alone(stub: session.Stub, number: int, expected: list[int]) -> None:
     with load_cuda(tiny(MODEL), context_length=64) as llm:

@@ -43,6 +43,8 @@ class CudaBackend:
     use_graphs: replay decode steps as graphs; launching kernel by kernel gives the same results, more slowly.
     """
 
+    maps_weights = False
+
     def __init__(
         self,
         index: int = 0,
