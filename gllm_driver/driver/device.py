@@ -182,6 +182,8 @@ class Device:
         if stream is None:
             with self:
                 call(cu.cuMemcpyHtoD, dst, src, nbytes)
+                # The driver returns once pageable memory is staged, and our streams do not wait for the null stream.
+                call(cu.cuCtxSynchronize)
         else:
             call(cu.cuMemcpyHtoDAsync, dst, src, nbytes, stream.handle)
         self._count(stream, nbytes, 0)
