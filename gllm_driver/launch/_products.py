@@ -81,10 +81,11 @@ def gemv(
     planes = gemv_planes(dtype, T, deterministic)
     slots = T * planes
     segments = ceil_div(K, SEGMENT)
-    panel = min(segments, PANEL_NBYTES // (slots * SEGMENT * 2))
+    pairs = ceil_div(slots, 2)
+    panel = min(segments, PANEL_NBYTES // (pairs * SEGMENT * 4))
     ring = GEMV_WARPS * RING_STAGES[dtype] * TILE_ROWS * SEGMENT_STRIDE[dtype]
     parts = (panel + 1) * unit * slots * TILE_ROWS * 4
-    smem_nbytes = ring + panel * SEGMENT * 2 * slots + parts
+    smem_nbytes = ring + panel * SEGMENT * 4 * pairs + parts
     # As many blocks as run at once, but no more than an equal number of rounds for each needs.
     at_once = device.num_sms * max(1, min(8, (device.max_smem_optin + 1024) // (smem_nbytes + 2048)))
     grid = ceil_div(units, ceil_div(units, at_once))
@@ -93,8 +94,8 @@ def gemv(
 
 
 def prepared_nbytes(T: int, K: int) -> int:
-    """Scratch of activation rows in 16 bits, and an f32 for each."""
-    return T * ceil_div(K, SEGMENT) * SEGMENT * 2 + T * 4
+    """Scratch of activation rows in 16 bits, in pairs, and an f32 for each."""
+    return ceil_div(T, 2) * ceil_div(K, SEGMENT) * SEGMENT * 4 + T * 4
 
 
 def mma(op: str, dtype: str, T: int, K: int, tiles: int, workspace_nbytes: int, device: DeviceProps) -> Launch:

@@ -76,21 +76,21 @@ __device__ __forceinline__ void split_pair(float lo, float hi, uint32_t (&words)
 // weight would be NaN.
 __device__ __forceinline__ float join_planes(float first, float rest) { return fabsf(first) < INFINITY ? first + rest : first; }
 
-// Prepared rows in device memory, for kernels of many tokens: T rows of `stride` 16-bit floats (K rounded up to a whole
-// segment, zeros behind K), then an f32 per row to multiply results with.
+// Prepared rows in device memory, for kernels of many tokens: pairs of tokens as LaneActivations reads them, K rounded up to
+// a whole segment with zeros behind, then an f32 per token to multiply results with.
 struct PreparedRows {
-  unsigned char *rows;
+  unsigned char *pairs;
   float *unscale;
-  int64_t row_nbytes;
+  int64_t pair_nbytes;
 
   __device__ __forceinline__ PreparedRows(void *scratch, int T, int K) {
-    row_nbytes = static_cast<int64_t>(ceil_div(K, 256) * 256) * 2;
-    rows = static_cast<unsigned char *>(scratch);
-    unscale = reinterpret_cast<float *>(rows + T * row_nbytes);
+    pair_nbytes = static_cast<int64_t>(ceil_div(K, 256) * 256) * 4;
+    pairs = static_cast<unsigned char *>(scratch);
+    unscale = reinterpret_cast<float *>(pairs + ceil_div(T, 2) * pair_nbytes);
   }
 };
 
-// One block per token.
+// One block per token. An odd one at the end also writes zeros for the token it lacks.
 template <class Half, bool kNorm>
 __device__ __forceinline__ void prepare_row(const float *x, const float *norm, int T, int K, float eps, void *scratch) {
   SHARED(float, reduction, kRowThreads / 32);
@@ -98,11 +98,13 @@ __device__ __forceinline__ void prepare_row(const float *x, const float *norm, i
   const int64_t t = blockIdx.x;
   x += t * K;
   const RowFactors f = row_factors<Half, kNorm>(x, norm, K, eps, reduction);
-  auto *row = reinterpret_cast<uint32_t *>(out.rows + t * out.row_nbytes);
-  for (int k = 2 * threadIdx.x; k < out.row_nbytes / 2; k += 2 * kRowThreads) {
+  auto *words = reinterpret_cast<uint32_t *>(out.pairs + t / 2 * out.pair_nbytes) + t % 2;
+  const bool alone = t % 2 == 0 && t + 1 == T;
+  for (int k = 2 * threadIdx.x; k < out.pair_nbytes / 4; k += 2 * kRowThreads) {
     const float lo = k < K ? normalized<kNorm>(x, norm, k, f.factor) * f.scale : 0.f;
     const float hi = k + 1 < K ? normalized<kNorm>(x, norm, k + 1, f.factor) * f.scale : 0.f;
-    row[k / 2] = pack_pair<Half>(lo, hi);
+    words[k] = pack_pair<Half>(lo, hi);
+    if (alone) words[k + 1] = 0;
   }
   if (threadIdx.x == 0) out.unscale[t] = f.unscale;
 }

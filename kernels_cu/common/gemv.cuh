@@ -35,7 +35,7 @@ struct Gemv {
   static constexpr int kStages = kRingStages<D>, kStageNbytes = kTileRows * Tile::kStride;
 
   const Op &op;
-  const int slots, segments, panel_segments, per_unit;  // per_unit: tiles of one segment
+  const int slots, segments, pairs, panel_segments, per_unit;  // per_unit: tiles of a unit, all segments
   unsigned char *ring, *rows;                            // this warp's ring; activation rows of the panel
   float *parts, *totals;                                 // [segment][tile][slot][8], [tile][slot][8]
 
@@ -43,15 +43,16 @@ struct Gemv {
       : op(o),
         slots(o.T * kPlanes),
         segments(ceil_div(o.K, kSegment)),
-        panel_segments(min(segments, kPanelNbytes / (slots * kSegment * 2))),
+        pairs((slots + 1) / 2),
+        panel_segments(min(segments, kPanelNbytes / (pairs * kSegment * 4))),
         per_unit(segments * Op::kUnit) {
     ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
     rows = shared + kGemvWarps * kStages * kStageNbytes;
-    parts = reinterpret_cast<float *>(rows + row_stride() * slots);
+    parts = reinterpret_cast<float *>(rows + pair_stride() * pairs);
     totals = parts + panel_segments * Op::kUnit * slots * 8;
   }
 
-  __device__ __forceinline__ int row_stride() const { return panel_segments * kSegment * 2; }
+  __device__ __forceinline__ int pair_stride() const { return panel_segments * kSegment * 4; }
 
   // The n-th tile of this block's units: units blockIdx.x, blockIdx.x + gridDim.x, ...
   __device__ __forceinline__ void copy_tile(int n, int stage) const {
@@ -70,17 +71,20 @@ struct Gemv {
 
   // Activations of segments first_segment .. of the panel, every plane, zeros behind K.
   __device__ __forceinline__ void fill_rows(int first_segment, const float *factors, const float *scales) const {
-    const int first = first_segment * kSegment, pairs = row_stride() / 4;
+    const int first = first_segment * kSegment, words = panel_segments * kSegment / 2;
 #pragma unroll 2
-    for (int i = threadIdx.x; i < op.T * pairs; i += kGemvThreads) {
-      const int t = i / pairs, k = i % pairs * 2;
+    for (int i = threadIdx.x; i < op.T * words; i += kGemvThreads) {
+      const int t = i / words, word = i % words, k = first + 2 * word;
       const float *x = op.x + static_cast<int64_t>(t) * op.K;
-      const float lo = first + k < op.K ? normalized<Op::kNorm>(x, op.norm, first + k, factors[t]) * scales[t] : 0.f;
-      const float hi = first + k + 1 < op.K ? normalized<Op::kNorm>(x, op.norm, first + k + 1, factors[t]) * scales[t] : 0.f;
-      uint32_t words[kPlanes];
-      split_pair<Half, kPlanes>(lo, hi, words);
+      const float lo = k < op.K ? normalized<Op::kNorm>(x, op.norm, k, factors[t]) * scales[t] : 0.f;
+      const float hi = k + 1 < op.K ? normalized<Op::kNorm>(x, op.norm, k + 1, factors[t]) * scales[t] : 0.f;
+      uint32_t planes[kPlanes];
+      split_pair<Half, kPlanes>(lo, hi, planes);
 #pragma unroll
-      for (int p = 0; p < kPlanes; p++) *reinterpret_cast<uint32_t *>(rows + activation_offset(p * op.T + t, row_stride(), k)) = words[p];
+      for (int p = 0; p < kPlanes; p++) {
+        const int slot = p * op.T + t;
+        *reinterpret_cast<uint32_t *>(rows + activation_piece<D>(slot / 2, pair_stride(), word / 2) + word % 2 * 8 + slot % 2 * 4) = planes[p];
+      }
     }
   }
 
@@ -97,28 +101,31 @@ struct Gemv {
       scale_lead[0] = Tile::lead(from.row(2 * t).data, first);
       scale_lead[1] = Tile::lead(from.row(2 * t + 1).data, first);
     }
+    const LaneWeights<D, kSegment> lane_weights(weights, g, lead, t);
+    const unsigned char *panel = rows + (segment - first_segment) * kSegment * 4;
     float sum[kTokenTiles][4] = {};
     const int steps = min(kSegment, op.K - first + kStep - 1) / kStep;
-#pragma unroll 2
-    for (int step = 0; step < steps; step++) {
+    const auto multiply = [&](int step) {
       uint32_t b[4];
-      Tile::weights(weights, g, lead, step, t, b);
+      lane_weights.read(step, 0, b);
       const float scale[2] = {Tile::scale(weights, 2 * t, scale_lead[0], step), Tile::scale(weights, 2 * t + 1, scale_lead[1], step)};
-      const int k = (segment - first_segment) * kSegment + step * kStep;
 #pragma unroll
-      for (int m = 0; m < kTokenTiles; m++) {
-        uint32_t x[2][4] = {};
-        if (m * 16 + g < slots) activations<D>(rows, m * 16 + g, row_stride(), k, t, x[0]);
-        if (m * 16 + g + 8 < slots) activations<D>(rows, m * 16 + g + 8, row_stride(), k, t, x[1]);
-        multiply_step<D>(sum[m], x, b, scale);
+      for (int m = 0; m < kTokenTiles; m++) {  // lanes whose pair there is not read another's: their sums are nobody's
+        uint32_t a[2][4];
+        LaneActivations<D>(panel, m * 8 + g < pairs ? m * 8 + g : 0, pair_stride(), t).read(step, 0, a);
+        multiply_step<D>(sum[m], a, b, scale);
       }
-    }
+    };
+    int step = 0;
+#pragma unroll 2
+    for (; step + 2 <= steps; step += 2) multiply(step), multiply(step + 1);
+    if (step < steps) multiply(step);
     float *part = parts + ((segment - first_segment) * Op::kUnit + tile) * slots * 8 + 2 * t;
 #pragma unroll
     for (int m = 0; m < kTokenTiles; m++) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const int slot = m * 16 + h * 8 + g;
+        const int slot = m * 16 + 2 * g + h;
         if (slot < slots) *reinterpret_cast<float2 *>(part + slot * 8) = make_float2(sum[m][2 * h], sum[m][2 * h + 1]);
       }
     }

@@ -25,6 +25,8 @@ template <class D, class Shape, class Op>
 struct MmaGemm {
   using Tile = typename Shape::Tile;
   static constexpr int kDepth = Shape::kDepth, kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles;
+  static constexpr int kPairNbytes = 2 * Shape::kTokenNbytes;
+  static constexpr bool kAlike = !Tile::kBlocks || Shape::kAlignedRows;  // rows lie alike in their tiles
   static constexpr int kCopies = (Shape::kRows * Tile::kPieces + Shape::kThreads - 1) / Shape::kThreads;
 
   const Op &op;
@@ -46,10 +48,10 @@ struct MmaGemm {
     unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
 #pragma unroll
     for (int i = threadIdx.x; i < Shape::kTokens * 8; i += Shape::kThreads) {
-      const int r = i / 8, piece = i % 8;
-      const bool valid = first_token + r < op.T;
-      const unsigned char *row = prepared.rows + (valid ? first_token + r : 0) * prepared.row_nbytes;
-      cp_async16(tokens + activation_offset(r, Shape::kTokenNbytes, piece * 8), row + first * 2 + piece * 16, valid);
+      const int pair = i / 16, piece = i % 16;
+      const bool valid = first_token + 2 * pair < op.T;
+      const unsigned char *from_pair = prepared.pairs + (valid ? first_token / 2 + pair : 0) * prepared.pair_nbytes;
+      cp_async16(tokens + activation_piece<D>(pair, kPairNbytes, piece), from_pair + first * 4 + piece * 16, valid);
     }
 #pragma unroll
     for (int j = 0; j < kCopies; j++) {
@@ -67,7 +69,10 @@ struct MmaGemm {
   __device__ __forceinline__ void multiply_stage(int stage, int first, const unsigned (&starts)[kRowTiles], float (&sum)[kTokenTiles][kRowTiles][4]) const {
     const unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-#pragma unroll(Tile::kBlocks ? 1 : kDepth / kStep)  // unrolled, unpacking needs more registers than there are
+    using Lane = LaneWeights<D, kDepth>;
+    const Lane first_rows(weights, warp_tile * 8 + g, kAlike ? lead_at(0, 0, first) : 0, t);
+    const LaneActivations<D> first_pairs(tokens, warp_token / 2 + g, kPairNbytes, t);
+#pragma unroll
     for (int step = 0; step < kDepth / kStep; step++) {
       if (Tile::kBlocks && first + step * kStep >= op.K) break;  // what follows a row of blocks is no weight
       uint32_t b[kRowTiles][4];
@@ -75,29 +80,27 @@ struct MmaGemm {
 #pragma unroll
       for (int n = 0; n < kRowTiles; n++) {
         const int r = (warp_tile + n) * 8;
-        if constexpr (Tile::kBlocks) {
-          scale[n][0] = Tile::scale(weights, r + 2 * t, lead_at(starts[n], 1, first), step);
-          scale[n][1] = Tile::scale(weights, r + 2 * t + 1, lead_at(starts[n], 2, first), step);
-          Tile::weights(weights, r + g, lead_at(starts[n], 0, first), step, t, b[n]);
+        if constexpr (kAlike) {
+          first_rows.read(step, n * 8 * Tile::kStride, b[n]);
         } else {
-          scale[n][0] = scale[n][1] = 1.f;
-          Tile::weights(weights, r + g, 0, step, t, b[n]);
+          Lane(weights, r + g, lead_at(starts[n], 0, first), t).read(step, 0, b[n]);
         }
+        scale[n][0] = Tile::scale(weights, r + 2 * t, lead_at(starts[n], 1, first), step);
+        scale[n][1] = Tile::scale(weights, r + 2 * t + 1, lead_at(starts[n], 2, first), step);
       }
 #pragma unroll
       for (int m = 0; m < kTokenTiles; m++) {
-        uint32_t x[2][4];
-        activations<D>(tokens, warp_token + m * 16 + g, Shape::kTokenNbytes, step * kStep, t, x[0]);
-        activations<D>(tokens, warp_token + m * 16 + g + 8, Shape::kTokenNbytes, step * kStep, t, x[1]);
+        uint32_t a[2][4];
+        first_pairs.read(step, m * 8 * kPairNbytes, a);
 #pragma unroll
-        for (int n = 0; n < kRowTiles; n++) multiply_step<D>(sum[m][n], x, b[n], scale[n]);
+        for (int n = 0; n < kRowTiles; n++) multiply_step<D>(sum[m][n], a, b[n], scale[n]);
       }
     }
   }
 
   // Results go through shared memory: stores to device memory then run along the rows, and their code exists once.
   __device__ __forceinline__ void store(const float (&total)[kTokenTiles][kRowTiles][4]) const {
-    constexpr int kStride = Shape::kRows + 8, kUnits = Shape::kRows / (8 * Op::kUnit);
+    constexpr int kStride = Shape::kRows + 4, kUnits = Shape::kRows / (8 * Op::kUnit);
     static_assert(Shape::kTokens * kStride * 4 <= Shape::kStages * Shape::kStageNbytes, "the results fit where the stages were");
     auto *results = reinterpret_cast<float *>(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -105,9 +108,9 @@ struct MmaGemm {
     for (int m = 0; m < kTokenTiles; m++) {
 #pragma unroll
       for (int n = 0; n < kRowTiles; n++) {
-        float *to = results + (warp_token + m * 16 + g) * kStride + (warp_tile + n) * 8 + 2 * t;
+        float *to = results + (warp_token + m * 16 + 2 * g) * kStride + (warp_tile + n) * 8 + 2 * t;
         *reinterpret_cast<float2 *>(to) = make_float2(total[m][n][0], total[m][n][1]);
-        *reinterpret_cast<float2 *>(to + 8 * kStride) = make_float2(total[m][n][2], total[m][n][3]);
+        *reinterpret_cast<float2 *>(to + kStride) = make_float2(total[m][n][2], total[m][n][3]);
       }
     }
     __syncthreads();

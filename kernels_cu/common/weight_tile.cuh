@@ -5,8 +5,10 @@
 //
 // The mma sums over k, so any order of k serves as long as weights and activations agree. A lane (row g = lane / 4, t =
 // lane % 4) takes eight elements of its row that lie together in memory and feeds four of them to each of two m16n8k16:
-// one 16-byte read of shared memory where ldmatrix would deliver the same bytes in another order. Every kernel goes
-// through these functions, so the order in which an output is summed never depends on the kernel or the tile.
+// one 16-byte read of shared memory where ldmatrix would deliver the same bytes in another order. Activation rows lie in
+// pairs, two elements of one and two of the other in turn, so that 16 bytes are an A operand as the mma wants its registers.
+//
+// Every kernel goes through these functions, so the order in which an output is summed never depends on kernel or tile.
 #pragma once
 
 #include "quant.cuh"
@@ -84,22 +86,12 @@ struct RowTile {
   // 16-byte pieces of odd rows swap halves of 128 bytes, so that two rows read together touch all banks.
   static __device__ __forceinline__ int swizzle(int piece, int r) { return piece ^ (r & 1) << 2; }
 
-  // The eight weights of lane (r, t) at step `step` of the tile, as the halves of two B operands: {b[0], b[1]}, {b[2], b[3]}.
-  static __device__ __forceinline__ void weights(const unsigned char *tile, int r, int lead, int step, int t, uint32_t (&b)[4]);
-
   // The scale of row r's block at this step, for block formats.
   static __device__ __forceinline__ float scale(const unsigned char *tile, int r, int lead, int step) {
     if constexpr (!kBlocks) return 1.f;
     return block_scale(tile + r * kStride + lead + step * kStepNbytes);
   }
 };
-
-// 32 bits of shared memory from an even address.
-__device__ __forceinline__ uint32_t word_at(const unsigned char *p) {
-  const auto *aligned = pointer_at<const uint32_t>(address_of(p) & ~static_cast<uintptr_t>(3));
-  const uint64_t both = aligned[0] | static_cast<uint64_t>(aligned[1]) << 32;
-  return static_cast<uint32_t>(both >> (address_of(p) & 2) * 8);
-}
 
 // Bytes 0, 1 (or 2, 3) of a word, each 0..255, minus `bias`, as two f16: exact, as f16 holds integers up to 2048. A byte
 // under the exponent of 1024 is that number plus 1024.
@@ -121,68 +113,108 @@ __device__ __forceinline__ uint32_t bytes_to_halves(uint32_t word, int bias) {
 #endif
 }
 
-// Integers of kBits bits as f16 for lane t of a block; which elements those are, `activations` below must know.
-template <int kBits>
-__device__ __forceinline__ void unpack_block(const unsigned char *data, int t, uint32_t (&b)[4]) {
-  static_assert(kBits == 8 || kBits == 4, "a format's bits are unpacked here");
-  if constexpr (kBits == 8) {  // elements 8t .. 8t+7
-    const uint32_t lo = word_at(data + 8 * t) ^ 0x80808080u, hi = word_at(data + 8 * t + 4) ^ 0x80808080u;
-    b[0] = bytes_to_halves<0>(lo, 128), b[1] = bytes_to_halves<2>(lo, 128);
-    b[2] = bytes_to_halves<0>(hi, 128), b[3] = bytes_to_halves<2>(hi, 128);
-  } else {  // elements 4t .. 4t+3 and 16+4t .. 16+4t+3
-    const uint32_t word = word_at(data + 4 * t), lo = word & 0x0f0f0f0fu, hi = word >> 4 & 0x0f0f0f0fu;
-    b[0] = bytes_to_halves<0>(lo, 8), b[1] = bytes_to_halves<2>(lo, 8);
-    b[2] = bytes_to_halves<0>(hi, 8), b[3] = bytes_to_halves<2>(hi, 8);
-  }
-}
-
 template <class D>
 constexpr int kBits = D::kBlockSize == 1 ? 16 : (D::kBlockNbytes - 2) * 8 / D::kBlockSize;
 
+// A lane's integers of a block, from the kBits / 4 words that hold them, as f16. Elements 8t .. 8t+7 for 8 bits; for 4,
+// whose bytes hold elements j and j + 16, elements 4t .. 4t+3 and 16+4t .. 16+4t+3: LaneActivations knows.
+template <int kBits>
+__device__ __forceinline__ void unpack_block(const uint32_t (&words)[kBits / 4], uint32_t (&b)[4]) {
+  static_assert(kBits == 8 || kBits == 4, "a format's bits are unpacked here");
+  uint32_t lo, hi;
+  if constexpr (kBits == 8) {
+    lo = words[0] ^ 0x80808080u, hi = words[1] ^ 0x80808080u;
+  } else {
+    lo = words[0] & 0x0f0f0f0fu, hi = words[0] >> 4 & 0x0f0f0f0fu;
+  }
+  constexpr int kBias = 1 << (kBits - 1);
+  b[0] = bytes_to_halves<0>(lo, kBias), b[1] = bytes_to_halves<2>(lo, kBias);
+  b[2] = bytes_to_halves<0>(hi, kBias), b[3] = bytes_to_halves<2>(hi, kBias);
+}
+
+// Where lane (r, t) reads its weights of a tile. Two steps advance all addresses by the same constant, so even and odd
+// steps have each their own, worked out once.
 template <class D, int kElements>
-__device__ __forceinline__ void RowTile<D, kElements>::weights(const unsigned char *tile, int r, int lead, int step, int t, uint32_t (&b)[4]) {
-  if constexpr (!kBlocks) {
-    const uint4 v = load16(tile + r * kStride + swizzle(step * 4 + t, r) * 16);
-    b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
-  } else {
-    unpack_block<kBits<D>>(tile + r * kStride + lead + step * kStepNbytes + 2, t, b);
+struct LaneWeights {
+  using Tile = RowTile<D, kElements>;
+  const unsigned char *data[2];
+  int shift[2];  // blocks start at even addresses: bits by which a pair of words is shifted
+
+  __device__ __forceinline__ LaneWeights(const unsigned char *tile, int r, int lead, int t) {
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      if constexpr (Tile::kBlocks) {
+        const unsigned char *p = tile + r * Tile::kStride + lead + odd * Tile::kStepNbytes + 2 + t * kBits<D>;
+        const int within = static_cast<int>(address_of(p) & 3);
+        data[odd] = p - within;  // still a pointer to shared memory, which a rounded number would not be
+        shift[odd] = within * 8;
+      } else {
+        data[odd] = tile + r * Tile::kStride + Tile::swizzle(odd * 4 + t, r) * 16;
+        shift[odd] = 0;
+      }
+    }
   }
-}
 
-// Where activation k of row r lies: rows of 16-bit floats, `stride` bytes apart (a multiple of 128), swizzled as above.
-__device__ __forceinline__ int activation_offset(int r, int stride, int k) { return r * stride + ((k >> 3 ^ (r & 1) << 2) * 16 + (k & 7) * 2); }
+  // The lane's eight weights at a step, of the row `offset` bytes on, as B operands {b[0], b[1]} and {b[2], b[3]}.
+  __device__ __forceinline__ void read(int step, int offset, uint32_t (&b)[4]) const {
+    const unsigned char *p = data[step % 2] + step / 2 * 2 * Tile::kStepNbytes + offset;
+    if constexpr (Tile::kBlocks) {
+      const auto *words = reinterpret_cast<const uint32_t *>(p);
+      uint32_t packed[kBits<D> / 4];
+#pragma unroll
+      for (int i = 0; i < kBits<D> / 4; i++) packed[i] = static_cast<uint32_t>((words[i] | static_cast<uint64_t>(words[i + 1]) << 32) >> shift[step % 2]);
+      unpack_block<kBits<D>>(packed, b);
+    } else {
+      const uint4 v = load16(p);
+      b[0] = v.x, b[1] = v.y, b[2] = v.z, b[3] = v.w;
+    }
+  }
+};
 
-// The eight activations that go with `weights` of lane t: of row r, elements k .. k+31.
+// Activation rows 2p and 2p + 1 are pair p: four elements of K of both make 16 bytes, {k, k+1} of the one, then of the other,
+// then {k+2, k+3}. In shared memory the pieces of odd pairs are swapped, so that two pairs read together touch all banks.
 template <class D>
-__device__ __forceinline__ void activations(const unsigned char *rows, int r, int stride, int k, int t, uint32_t (&x)[4]) {
-  if constexpr (kBits<D> == 4) {
-    const auto *lo = reinterpret_cast<const uint2 *>(rows + activation_offset(r, stride, k + 4 * t));
-    const auto *hi = reinterpret_cast<const uint2 *>(rows + activation_offset(r, stride, k + 16 + 4 * t));
-    x[0] = lo->x, x[1] = lo->y, x[2] = hi->x, x[3] = hi->y;
-  } else {
-    const uint4 v = load16(rows + activation_offset(r, stride, k + 8 * t));
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-  }
+__device__ __forceinline__ int activation_piece(int pair, int stride, int piece) {
+  constexpr int kSwap = kBits<D> == 4 ? 4 : 1;
+  return pair * stride + (piece ^ (pair & 1) * kSwap) * 16;
 }
+
+// Where lane t reads the A operands of 16 rows: of pair p those rows are g and g + 8 of the mma.
+template <class D>
+struct LaneActivations {
+  const unsigned char *data[2];
+
+  __device__ __forceinline__ LaneActivations(const unsigned char *rows, int pair, int stride, int t) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) data[i] = rows + activation_piece<D>(pair, stride, kBits<D> == 4 ? i * 4 + t : t * 2 + i);
+  }
+
+  __device__ __forceinline__ void read(int step, int offset, uint32_t (&a)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint4 v = load16(data[i] + step * kStep * 4 + offset);
+      a[i][0] = v.x, a[i][1] = v.y, a[i][2] = v.z, a[i][3] = v.w;
+    }
+  }
+};
 
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const bf16 *) { mma_m16n8k16_bf16(d, a, b); }
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const __half *) { mma_m16n8k16_f16(d, a, b); }
 
-// sum[16 activation rows x 8 weight rows] += activations (rows g and g + 8) . weights * scale, over 32 elements.
+// sum[16 activation rows x 8 weight rows] += activations . weights * scale, over 32 elements.
 // Integer weights are multiplied exactly and scaled afterwards: no weight is ever rounded.
 template <class D>
-__device__ __forceinline__ void multiply_step(float (&sum)[4], const uint32_t (&x)[2][4], const uint32_t (&b)[4], const float (&scale)[2]) {
+__device__ __forceinline__ void multiply_step(float (&sum)[4], const uint32_t (&a)[2][4], const uint32_t (&b)[4], const float (&scale)[2]) {
   const typename D::Half *type = nullptr;
-  const uint32_t a0[4] = {x[0][0], x[1][0], x[0][1], x[1][1]}, a1[4] = {x[0][2], x[1][2], x[0][3], x[1][3]};
   const uint32_t b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
   if constexpr (kIsQuantized<D>) {
     float block[4] = {0, 0, 0, 0};
-    mma(block, a0, b0, type);
-    mma(block, a1, b1, type);
+    mma(block, a[0], b0, type);
+    mma(block, a[1], b1, type);
 #pragma unroll
     for (int i = 0; i < 4; i++) sum[i] = fmaf(block[i], scale[i & 1], sum[i]);
   } else {
-    mma(sum, a0, b0, type);
-    mma(sum, a1, b1, type);
+    mma(sum, a[0], b0, type);
+    mma(sum, a[1], b1, type);
   }
 }
