@@ -9,12 +9,14 @@ struct ShuffleInput {
   int source;
 };
 
+// Plain loops here, no lambdas: those would not inherit that a function is hidden from TSan.
 HOSTSIM_NO_TSAN inline void complete_shuffle(Warp &warp, uint32_t mask, int) {
-  for_lanes(mask, [&](int l) {
+  for (int l = 0; l < 32; l++) {
+    if (!(mask >> l & 1)) continue;
     int source = input<ShuffleInput>(warp, l).source;
     if (!(mask >> source & 1)) fail("__shfl_sync: lane %d reads lane %d, which is not in mask %08x", l, source, mask);
     output<uint64_t>(warp, l) = input<ShuffleInput>(warp, source).bits;
-  });
+  }
 }
 
 template <class T>
@@ -29,17 +31,20 @@ T shuffle(uint32_t mask, T value, int source, int line) {
 
 HOSTSIM_NO_TSAN inline void complete_ballot(Warp &warp, uint32_t mask, int) {
   uint32_t votes = 0;
-  for_lanes(mask, [&](int l) { votes |= static_cast<uint32_t>(input<int>(warp, l) != 0) << l; });
-  for_lanes(mask, [&](int l) { output<uint32_t>(warp, l) = votes; });
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1) votes |= static_cast<uint32_t>(input<int>(warp, l) != 0) << l;
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1) output<uint32_t>(warp, l) = votes;
 }
 
 template <class T>
 HOSTSIM_NO_TSAN void complete_match(Warp &warp, uint32_t mask, int) {
-  for_lanes(mask, [&](int l) {
+  for (int l = 0; l < 32; l++) {
     uint32_t same = 0;
-    for_lanes(mask, [&](int k) { same |= static_cast<uint32_t>(input<T>(warp, k) == input<T>(warp, l)) << k; });
-    output<uint32_t>(warp, l) = same;
-  });
+    for (int k = 0; k < 32; k++)
+      if (mask >> k & 1) same |= static_cast<uint32_t>(input<T>(warp, k) == input<T>(warp, l)) << k;
+    if (mask >> l & 1) output<uint32_t>(warp, l) = same;
+  }
 }
 
 struct Add {
@@ -66,8 +71,10 @@ struct Xor {
 template <class T, class Op>
 HOSTSIM_NO_TSAN void complete_reduce(Warp &warp, uint32_t mask, int) {
   T total = input<T>(warp, __builtin_ctz(mask));
-  for_lanes(mask & (mask - 1), [&](int l) { total = Op::of(total, input<T>(warp, l)); });
-  for_lanes(mask, [&](int l) { output<T>(warp, l) = total; });
+  for (uint32_t rest = mask & (mask - 1); rest; rest &= rest - 1)
+    total = Op::of(total, input<T>(warp, __builtin_ctz(rest)));
+  for (int l = 0; l < 32; l++)
+    if (mask >> l & 1) output<T>(warp, l) = total;
 }
 template <class Op, class T>
 T reduce(uint32_t mask, T value, int line) {

@@ -62,14 +62,15 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line
 template <int kCount, bool kTranspose>
 HOSTSIM_NO_TSAN void complete_ldmatrix(Warp &warp, uint32_t mask, int) {
   if (mask != kFullMask) fail("ldmatrix needs all 32 lanes, mask %08x", mask);
-  auto row = [&](int matrix, int r) { return input<const uint16_t *>(warp, matrix * 8 + r); };
+  const uint16_t *rows[8 * kCount];
+  for (int l = 0; l < 8 * kCount; l++) rows[l] = input<const uint16_t *>(warp, l);
   for (int l = 0; l < 8 * kCount; l++)
-    if (reinterpret_cast<uintptr_t>(row(0, l)) % 16) fail("ldmatrix: the row address of lane %d is not 16-byte aligned", l);
+    if (reinterpret_cast<uintptr_t>(rows[l]) % 16) fail("ldmatrix: the row address of lane %d is not 16-byte aligned", l);
   for (int m = 0; m < kCount; m++)
     for (int l = 0; l < 32; l++) {
       uint16_t pair[2];
       for (int i = 0; i < 2; i++)
-        pair[i] = kTranspose ? row(m, l % 4 * 2 + i)[l / 4] : row(m, l / 4)[l % 4 * 2 + i];
+        pair[i] = kTranspose ? rows[m * 8 + l % 4 * 2 + i][l / 4] : rows[m * 8 + l / 4][l % 4 * 2 + i];
       memcpy(&output<Words4>(warp, l).v[m], pair, 4);
     }
 }
