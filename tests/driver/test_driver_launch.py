@@ -136,7 +136,8 @@ def test_what_the_binary_says(module: Module) -> None:
         module.function("conformance__nothing")
 
 
-def test_a_launch_without_the_context(device: Device, module: Module) -> None:
+def test_a_launch_without_the_context(stub: session.Stub, device: Device, module: Module) -> None:
+    """The simulated device is the stricter one: a real driver (580, H200) takes the context from the stream."""
     function, stream = module.function("conformance__scale"), device.stream()
     params = PackedParams(scale_args(0, 0, 0, 0, 0.0))
     device.__exit__(None, None, None)

@@ -127,6 +127,8 @@ def test_a_fork_that_is_not_joined(device: Device) -> None:
 
 @pytest.mark.parametrize("what", ["allocate", "synchronize", "copy"])
 def test_what_cannot_be_captured(device: Device, what: str) -> None:
+    if what == "copy" and session.on_real_gpu():
+        pytest.skip("a real driver (580, H200) lets a copy from pageable memory pass beside a capture")
     stream, buffer, host = device.stream(), device.alloc(256), np.zeros(64, np.int32)
 
     def record() -> None:

@@ -133,8 +133,8 @@ extern "C" __global__ void __launch_bounds__(64) conformance__convert(const Conv
   for (int i = blockIdx.x * 64 + threadIdx.x; i < t.n; i += gridDim.x * 64) {
     const __half h = __float2half_rn(t.in[i]);
     const __nv_bfloat16 b = __float2bfloat16_rn(t.in[i]);
-    memcpy(&t.out[i], &h, 2);
-    memcpy(&t.out[t.n + i], &b, 2);
+    t.out[i] = *reinterpret_cast<const unsigned short *>(&h);
+    t.out[t.n + i] = *reinterpret_cast<const unsigned short *>(&b);
     t.back[i] = __half2float(h);
     t.back[t.n + i] = __bfloat162float(b);
   }
