@@ -75,7 +75,7 @@ class CpuBackend:
         self._progress = progress
         self._team = Team(num_threads)
         self._workspace = Workspace()
-        self._programs: OrderedDict[tuple, tuple[int, Program, StepTensors]] = OrderedDict()
+        self._programs: OrderedDict[tuple, tuple[int, Program, StepTensors, object]] = OrderedDict()
         self._forwards = 0
 
     @property
@@ -156,7 +156,7 @@ class CpuBackend:
         found = self._programs.get(key)
         if found and found[0] == self._workspace.generation:
             self._programs.move_to_end(key)
-            return found[1:]
+            return found[1], found[2]
         while True:
             generation = self._workspace.generation
             program = Program(self._team)
@@ -165,7 +165,8 @@ class CpuBackend:
             if generation == self._workspace.generation:
                 break
         program.finish(self._compiling)
-        self._programs[key] = (generation, program, step)
+        # the handles are kept with it: their ids must not come to mean other weights
+        self._programs[key] = (generation, program, step, (weights, kv))
         self._programs.move_to_end(key)
         if len(self._programs) > MAX_CACHED_PROGRAMS:
             self._programs.popitem(last=False)
