@@ -54,17 +54,22 @@ struct Gemv {
 
   __device__ __forceinline__ int pair_stride() const { return panel_segments * kSegment * 4; }
 
-  // The n-th tile of this block's units: units blockIdx.x, blockIdx.x + gridDim.x, ...
-  __device__ __forceinline__ void copy_tile(int n, int stage) const {
-    const int unit = blockIdx.x + n / per_unit * gridDim.x;
-    if (unit < op.num_units()) {
-      const int within = n % per_unit, first = within / Op::kUnit * kSegment;
-      const WeightTile<D> tile = op.template tile<D>(unit * Op::kUnit + within % Op::kUnit);
-#pragma unroll(Tile::kBlocks ? 1 : 4)
-      for (int i = threadIdx.x % 32; i < kTileRows * Tile::kPieces; i += 32) {
-        const int r = i / Tile::kPieces;
-        Tile::copy(ring + stage * kStageNbytes, r, i % Tile::kPieces, tile.row(r), first, op.K);
-      }
+  // A warp's tiles in order: every kGemvWarps-th of the block's, which go segment by segment through its units,
+  // blockIdx.x, blockIdx.x + gridDim.x, ...
+  struct Cursor {
+    int unit, within;
+  };
+  __device__ __forceinline__ void advance(Cursor &at) const {
+    at.within += kGemvWarps;
+    while (at.within >= per_unit) at.within -= per_unit, at.unit += gridDim.x;
+  }
+
+  // Lane l copies to row l / 4, and unpacks that row later.
+  __device__ __forceinline__ void copy_tile(Cursor at, int stage) const {
+    if (at.unit < op.num_units()) {
+      const int r = threadIdx.x % 32 / 4, first = at.within / Op::kUnit * kSegment;
+      const WeightRow row = op.template tile<D>(at.unit * Op::kUnit + at.within % Op::kUnit).row(r);
+      Tile::copy_row(ring + stage * kStageNbytes, r, threadIdx.x % 4, row, first, op.K);
     }
     cp_async_commit();
   }
@@ -89,17 +94,16 @@ struct Gemv {
   }
 
   // One tile of one segment: its part of [slot][row].
-  __device__ __forceinline__ void multiply_tile(int n, int stage, int first_segment) const {
-    const int unit = blockIdx.x + n / per_unit * gridDim.x, within = n % per_unit;
-    const int segment = within / Op::kUnit, tile = within % Op::kUnit, first = segment * kSegment;
+  __device__ __forceinline__ void multiply_tile(Cursor at, int stage, int first_segment) const {
+    const int segment = at.within / Op::kUnit, tile = at.within % Op::kUnit, first = segment * kSegment;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned char *weights = ring + stage * kStageNbytes;
     int lead = 0, scale_lead[2] = {0, 0};
     if constexpr (Tile::kBlocks) {
-      const WeightTile<D> from = op.template tile<D>(unit * Op::kUnit + tile);
-      lead = Tile::lead(from.row(g).data, first);
-      scale_lead[0] = Tile::lead(from.row(2 * t).data, first);
-      scale_lead[1] = Tile::lead(from.row(2 * t + 1).data, first);
+      const WeightTile<D> from = op.template tile<D>(at.unit * Op::kUnit + tile);
+      lead = from.lead(g, first);
+      scale_lead[0] = from.lead(2 * t, first);
+      scale_lead[1] = from.lead(2 * t + 1, first);
     }
     const LaneWeights<D, kSegment> lane_weights(weights, g, lead, t);
     const unsigned char *panel = rows + (segment - first_segment) * kSegment * 4;
@@ -167,30 +171,34 @@ __device__ __forceinline__ void gemv(const Op &op) {
   SHARED(float, scales, kMaxGemvTokens);
   SHARED(float, unscales, kMaxGemvTokens);
   const Kernel kernel(op, shared);
-  int next = threadIdx.x / 32, stage = 0;  // this warp's next tile, and its place in the ring
+  typename Kernel::Cursor next{static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32) - kGemvWarps}, copied = next;
+  kernel.advance(next);
 #pragma unroll 1
-  for (int s = 0; s < Kernel::kStages; s++) kernel.copy_tile(next + s * kGemvWarps, s);
+  for (int s = 0; s < Kernel::kStages; s++) kernel.advance(copied), kernel.copy_tile(copied, s);
+  int stage = 0;  // where the next tile is in the ring
 
   for (int t = 0; t < op.T; t++) {
     const RowFactors f = row_factors<typename D::Half, Op::kNorm>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, op.eps, reduction);
     if (threadIdx.x == 0) factors[t] = f.factor, scales[t] = f.scale, unscales[t] = f.unscale;
   }
-  const bool one_panel = kernel.panel_segments == kernel.segments;
-  for (int unit = blockIdx.x, done = 0; unit < op.num_units(); unit += gridDim.x, done += kernel.per_unit) {
+  bool filled = false;
+  for (int unit = blockIdx.x; unit < op.num_units(); unit += gridDim.x) {
     for (int segment = 0; segment < kernel.segments; segment += kernel.panel_segments) {
       __syncthreads();  // the factors are there; the parts and rows of the last round have been read
-      if (!one_panel || done == 0) {
+      if (!filled) {
         kernel.fill_rows(segment, factors, scales);
+        filled = kernel.panel_segments == kernel.segments;
         __syncthreads();
       }
-      const int end = done + min(kernel.segments, segment + kernel.panel_segments) * Op::kUnit;
-      while (next < end) {
+      const int end = min(kernel.segments, segment + kernel.panel_segments) * Op::kUnit;
+      while (next.unit == unit && next.within < end) {
         cp_async_wait<Kernel::kStages - 1>();
         __syncwarp();
         kernel.multiply_tile(next, stage, segment);
         __syncwarp();  // every lane is done with the tile that the next copy overwrites
-        kernel.copy_tile(next + Kernel::kStages * kGemvWarps, stage);
-        next += kGemvWarps;
+        kernel.advance(copied);
+        kernel.copy_tile(copied, stage);
+        kernel.advance(next);
         stage = stage + 1 == Kernel::kStages ? 0 : stage + 1;
       }
       __syncthreads();

@@ -46,12 +46,13 @@ struct MmaGemm {
 
   __device__ __forceinline__ void copy_stage(int stage, int first, const WeightRow (&from)[kCopies]) const {
     unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
+    constexpr int kPairsAtOnce = Shape::kThreads / 16;  // a thread copies the same piece of every so many-th pair
+    const int piece = threadIdx.x % 16, first_pair = threadIdx.x / 16;
+    const unsigned char *from_pair = prepared.pairs + (first_token / 2 + first_pair) * prepared.pair_nbytes + first * 4 + piece * 16;
 #pragma unroll
-    for (int i = threadIdx.x; i < Shape::kTokens * 8; i += Shape::kThreads) {
-      const int pair = i / 16, piece = i % 16;
-      const bool valid = first_token + 2 * pair < op.T;
-      const unsigned char *from_pair = prepared.pairs + (valid ? first_token / 2 + pair : 0) * prepared.pair_nbytes;
-      cp_async16(tokens + activation_piece<D>(pair, kPairNbytes, piece), from_pair + first * 4 + piece * 16, valid);
+    for (int pair = 0; pair < Shape::kTokens / 2; pair += kPairsAtOnce) {
+      const bool valid = first_token + 2 * (first_pair + pair) < op.T;
+      cp_async16(tokens + activation_piece<D>(first_pair, kPairNbytes, piece) + pair * kPairNbytes, from_pair + pair * prepared.pair_nbytes, valid);
     }
 #pragma unroll
     for (int j = 0; j < kCopies; j++) {
@@ -149,6 +150,7 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
   }
 
   const int depths = ceil_div(op.K, kDepth);
+  int stage = 0, filled = kStages - 1;  // the stage that is multiplied, and the one that is copied to meanwhile
   WeightRow from[Kernel::kCopies];
   kernel.find_rows(from);
 #pragma unroll 1
@@ -160,9 +162,11 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
   for (int d = 0; d < depths; d++) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // stage d has landed for all, and all are done with the stage that is filled next
-    if (d + kStages - 1 < depths) kernel.copy_stage((d + kStages - 1) % kStages, (d + kStages - 1) * kDepth, from);
+    if (d + kStages - 1 < depths) kernel.copy_stage(filled, (d + kStages - 1) * kDepth, from);
     cp_async_commit();
-    kernel.multiply_stage(d % kStages, d * kDepth, starts, sum);
+    kernel.multiply_stage(stage, d * kDepth, starts, sum);
+    filled = stage;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
     if ((d + 1) % (kSegment / kDepth) == 0 || d + 1 == depths) {
 #pragma unroll
       for (int m = 0; m < kTokenTiles; m++) {

@@ -40,6 +40,12 @@ struct WeightTile {
     count = max(0, min(kTileRows, ceil_div(rows - first, step)));
   }
   __device__ __forceinline__ WeightRow row(int r) const { return {r < count ? data + r * stride : nullptr, end}; }
+
+  // How many bytes before the blocks of element `first` of row r the 16-byte piece starts that holds their first byte.
+  __device__ __forceinline__ int lead(int r, int first) const {
+    const unsigned start = static_cast<unsigned>(address_of(data)) + r * static_cast<unsigned>(stride);
+    return static_cast<int>(start + first / D::kBlockSize * D::kBlockNbytes) & 15;
+  }
 };
 
 // The layout of a format's rows in shared memory, kElements of a row at a time.
@@ -52,11 +58,6 @@ struct RowTile {
   // An odd multiple of 16 bytes puts eight rows of 4-bit words in different banks; 16-byte reads are swizzled instead.
   static constexpr int kStride = kBlocks ? (kStepNbytes < 32 ? kPieces | 1 : kPieces) * 16 : kNbytes;
 
-  static __device__ __forceinline__ int lead(const unsigned char *row, int first) {
-    if constexpr (!kBlocks) return 0;
-    return static_cast<int>(address_of(row + first / kStep * kStepNbytes) & 15);
-  }
-
   // Starts the copy of piece `piece` of elements first .. first+kElements-1 of a row. What is past the row's end becomes
   // zero in float formats; in block formats it is not to be used.
   // kWholePieces: rows start at multiples of 16 bytes, so no piece is cut off by the tensor's end.
@@ -65,7 +66,7 @@ struct RowTile {
     if constexpr (!kBlocks) {
       const int k = first + piece * 8;
       const bool valid = row.data != nullptr && k < K;
-      cp_async16(tile + r * kStride + swizzle(piece, r) * 16, valid ? row.data + 2 * static_cast<int64_t>(k) : row.end, valid);
+      cp_async16(tile + r * kStride + swizzle(piece, r) * 16, row.data + 2 * static_cast<int64_t>(k), valid);
     } else {
       if (row.data == nullptr) return;
       const unsigned char *start = row.data + first / kStep * kStepNbytes;
@@ -80,6 +81,29 @@ struct RowTile {
 #pragma unroll 1
         for (int i = 0; from + i < row.end; i += 2) *reinterpret_cast<uint16_t *>(to + i) = *reinterpret_cast<const uint16_t *>(from + i);
       }
+    }
+  }
+
+  // The same for pieces lane, lane + 4, ... of the row.
+  static __device__ __forceinline__ void copy_row(unsigned char *tile, int r, int lane, WeightRow row, int first, int K) {
+    if constexpr (kBlocks) {
+      if (row.data == nullptr) return;
+      const unsigned char *start = row.data + first / kStep * kStepNbytes;
+      const int skip = static_cast<int>(address_of(start) & 15), used = skip + min(kElements, K - first) / kStep * kStepNbytes;
+      const unsigned char *from = start - skip;
+      if (from + kPieces * 16 <= row.end) {
+        unsigned char *to = tile + r * kStride;
+#pragma unroll
+        for (int i = lane * 16; i < kPieces * 16; i += 64) {
+          if (i < used) cp_async16(to + i, from + i);
+        }
+      } else {
+#pragma unroll 1
+        for (int piece = lane; piece < kPieces; piece += 4) copy(tile, r, piece, row, first, K);
+      }
+    } else {
+#pragma unroll
+      for (int piece = 0; piece < kPieces; piece += 4) copy(tile, r, piece + lane, row, first, K);
     }
   }
 
