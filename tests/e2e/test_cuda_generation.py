@@ -187,6 +187,42 @@ def test_a_decode_step_has_at_most_six_kernels_a_layer() -> None:
         assert graph.num_nodes == graph.num_kernels + 1  # the copy of the token
 
 
+def test_steps_of_one_shape_may_follow_each_other_without_waiting() -> None:
+    """The second one's inputs must not overtake the first one's on their way to the device."""
+    path, row, _ = open_tiny("llama3_gqa")
+    tokens, pages = tiny_models.prompt(row), [2, 0, 1]
+    with load_cuda(path, context_length=CONTEXT, deterministic=True) as llm:
+        backend, weights, kv = llm._backend, llm._engine.weights, llm._engine.kv
+        whole = backend.logits_forward(weights, kv, SequenceInput(tokens, 0, pages))
+        backend.copy_pages_from_host(kv, pages, np.zeros(kv.config.page_nbytes, np.uint8))
+        backend.extend(weights, kv, SequenceInput(tokens[:16], 0, pages))
+        backend.extend(weights, kv, SequenceInput(tokens[16:32], 16, pages))
+        rest = backend.logits_forward(weights, kv, SequenceInput(tokens[32:], 32, pages))
+    assert rest.tobytes() == whole[32:].tobytes()
+
+
+def test_a_sequence_goes_on_after_the_workspace_has_moved() -> None:
+    path, row, _ = open_tiny("llama3_gqa")
+    prompt = tiny_models.prompt(row)
+    with load_cuda(path, context_length=CONTEXT) as llm:
+        backend, weights, kv = llm._backend, llm._engine.weights, llm._engine.kv
+        found = []
+        for disturb in (False, True):
+            backend.generator_forward_gpu_pure(weights, kv, SequenceInput(prompt[:4], 0, [0, 1]))
+            loop = backend.start_decode(weights, kv, SequenceInput([5], 4, [0, 1]), SamplingConfig())
+            tokens = [loop.step(), loop.step()]
+            if disturb:
+                generation = backend.runtime.workspace.generation
+                backend.logits_forward(weights, kv, SequenceInput(prompt, 0, [3, 4, 5]))
+                assert backend.runtime.workspace.generation > generation
+                backend.device.trim()
+            found.append(tokens + [loop.step() for _ in range(6)])
+        assert found[0] == found[1]
+        del loop
+        again = backend.start_decode(weights, kv, SequenceInput([5], 4, [0, 1]), SamplingConfig())
+        assert again._decoder.generation == backend.runtime.workspace.generation  # the old one's memory is let go
+
+
 def test_pages_go_to_the_host_and_back() -> None:
     path, row, _ = open_tiny("llama3_gqa")
     tokens = tiny_models.prompt(row)
