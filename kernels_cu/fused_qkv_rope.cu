@@ -143,6 +143,7 @@ struct Qkv {
       float sum = 0;
       for (int d = lane; d < a.Dh; d += 32) sum = fmaf(biased(d), biased(d), sum);
       factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(a.Dh) + a.qk_eps);
+      __syncwarp();  // q may be written where other lanes have just read it
     }
     const auto value = [&](int d) { return weight != nullptr ? biased(d) * factor * weight[d] : biased(d); };
     const int64_t to = slot(token, part, first / a.Dh);
