@@ -18,6 +18,7 @@ OPS = (
     "linear",
     "fused_gate_up_silu",
     "sample",
+    "kv_pages",
 )
 TABLES = ("matmul", "dequantize", "weigh")  # fields of the team's struct, indexed by dtype code
 

@@ -65,3 +65,30 @@ class BackendUnavailableError(BackendError):
         super().__init__(f"device {device!r} is not usable: {reason}")
         self.device = device
         self.reason = reason
+
+
+class DriverError(BackendError):
+    """A call to the CUDA driver failed; `explanation` says what that means and what to do."""
+
+    def __init__(self, code: int, name: str, call: str, explanation: str) -> None:
+        super().__init__(f"{call} failed with {name} ({code}): {explanation}")
+        self.code = code
+        self.name = name
+        self.call = call
+        self.explanation = explanation
+
+
+class OutOfDeviceMemory(DriverError):  # noqa: N818
+    """The device has no room for an allocation. Nothing else is lost."""
+
+
+class NoKernelImage(DriverError):  # noqa: N818
+    """No shipped binary runs on this device's architecture."""
+
+
+class ContextLost(DriverError):  # noqa: N818
+    """A kernel failed in a way that ends this process's use of the device: every later call fails the same way."""
+
+
+class CubinError(BackendError):
+    """A kernel binary, or the manifest that describes them, is damaged, foreign or from another version."""

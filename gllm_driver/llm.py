@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +16,16 @@ import numpy as np
 
 from .config import KvCacheConfig, SamplingConfig
 from .engine import Engine, Progress, Request
-from .errors import GllmError, RequestError
-from .types import FLOAT_DTYPES, Traffic
+from .errors import BackendError, CapacityError, GllmError, RequestError
+from .types import DTYPES, FLOAT_DTYPES, Traffic
 
 if TYPE_CHECKING:
     from .backends.base import Backend
     from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
     from .models.checkpoint import Checkpoint
+
+log = logging.getLogger("gllm_driver")
 
 PAGE_SIZE = 16
 KV_MEMORY_SHARE = 0.5  # of the free memory, what the default context may take at most
@@ -289,6 +292,7 @@ def load(
     dtype: str = "auto",
     threads: int | None = None,
     context_length: int | None = None,
+    deterministic: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
     """Load a model.
@@ -296,41 +300,73 @@ def load(
     path: a Hugging Face directory, a .gguf or .safetensors file, or a hub id (org/name); None is the demonstration
     model. device: auto, cpu, cuda or cuda:N. dtype: f32, f16 or bf16 for float weights and the KV cache; auto keeps
     weights as stored. threads: CPU threads, by default all this process may use. context_length: tokens of prompt and
-    output together, by default the model's own, or what half of the free memory holds. progress(stage, done, total)
+    output together, by default the model's own, or what half of the free memory holds. deterministic: a request's
+    result is the same to the last bit whatever shares its steps (on the CPU it always is). progress(stage, done, total)
     hears of "download", "load" and "compile".
+
+    With auto, a model that does not fit on the GPU, or a GPU that fails, means the CPU, with a warning in the log.
 
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
     """
     from .backends.select import open_backend
     from .loaders.open import open_checkpoint
-    from .models.decoder import model_weights
 
     start = time.perf_counter()
     if dtype != "auto" and dtype not in FLOAT_DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}: choose auto, {', '.join(FLOAT_DTYPES)}")
     checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
-    backend = open_backend(device, threads=threads, progress=progress)
+    backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
+    try:
+        engine = _place(checkpoint, backend, dtype, context_length, progress)
+    except (CapacityError, BackendError) as error:
+        if device != "auto" or backend.name == "cpu":
+            raise
+        log.warning("using the CPU: %s", error)
+        backend = open_backend("cpu", threads=threads, progress=progress)
+        engine = _place(checkpoint, backend, dtype, context_length, progress)
+    return LLM(checkpoint, backend, engine, time.perf_counter() - start)
+
+
+def _place(
+    checkpoint: Checkpoint,
+    backend: Backend,
+    dtype: str,
+    context_length: int | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Engine:
+    """Weights and KV cache on a device, which is closed when that fails."""
+    from .models.decoder import model_weights
+
     try:
         arch = checkpoint.arch
         kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        fits = int(KV_MEMORY_SHARE * backend.available_memory()) // one_page.page_nbytes * PAGE_SIZE
+        free = backend.available_memory() - (0 if backend.maps_weights else _weights_nbytes(checkpoint, dtype))
+        fits = int(KV_MEMORY_SHARE * max(free, 0)) // one_page.page_nbytes * PAGE_SIZE
         context = _context_length(arch.context_length, context_length, fits)
         backend.prepare({t.dtype.name for t in checkpoint.tensors.values()} | {kv_dtype})
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
         num_pages = -(-context // PAGE_SIZE)
         kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        engine = Engine(backend, weights, kv, context)
+        return Engine(backend, weights, kv, context)
     except BaseException:
         backend.close()
         raise
-    return LLM(checkpoint, backend, engine, time.perf_counter() - start)
 
 
 def default_kv_dtype(checkpoint: Checkpoint) -> str:
     """f32 models keep an f32 cache, bf16 ones (whose range f16 lacks) bf16; all others f16."""
     stored = checkpoint.tensors["layers.0.k"].dtype.name
     return stored if stored in FLOAT_DTYPES else "f16"
+
+
+def _weights_nbytes(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the weights once float matrices are in `dtype`."""
+    tensors = {t.address: t for t in checkpoint.tensors.values()}.values()  # tied ones once
+    return sum(
+        t.nbytes if dtype == "auto" or t.dtype.is_quantized else t.num_rows * DTYPES[dtype].row_nbytes(t.shape[-1])
+        for t in tensors
+    )
 
 
 def _context_length(models: int, wanted: int | None, fits: int) -> int:

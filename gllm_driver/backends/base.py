@@ -89,6 +89,7 @@ class Backend(Protocol):
     """A device. Methods raise UnsupportedError when it lacks the feature, BackendError when it fails."""
 
     name: str
+    maps_weights: bool  # weights stay where their file is mapped: they take none of the device's memory
 
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None

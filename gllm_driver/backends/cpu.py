@@ -69,6 +69,7 @@ class CpuBackend:
     """Backend over a team of `num_threads` threads (None: every processor this process may use)."""
 
     name = "cpu"
+    maps_weights = True
 
     def __init__(self, num_threads: int | None = None, progress: Progress | None = None) -> None:
         self._progress = progress

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..driver import probe
 from ..errors import BackendUnavailableError, RequestError
 from .base import Backend, Progress
+
+log = logging.getLogger("gllm_driver.backends")
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,19 @@ class DeviceInfo:
 
 def devices() -> list[DeviceInfo]:
     """Every device this version knows of, the preferred one first."""
-    return [_cuda(), _cpu()]
+    return [*_cuda(), _cpu()]
 
 
-def open_backend(device: str = "auto", *, threads: int | None = None, progress: Progress | None = None) -> Backend:
-    """The backend for `device`: auto (the first usable one), cpu, cuda or cuda:N.
+def open_backend(
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    deterministic: bool = False,
+    progress: Progress | None = None,
+) -> Backend:
+    """The backend for `device`: auto (the first usable one), cpu, cuda (the first usable GPU) or cuda:N.
+
+    deterministic: results do not depend on what shares a step; the CPU's never do.
 
     Raises RequestError for a name that means nothing, BackendUnavailableError when the device named cannot be used:
     a choice that was made explicitly never falls back to another device.
@@ -38,14 +50,27 @@ def open_backend(device: str = "auto", *, threads: int | None = None, progress: 
         raise RequestError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
     if threads is not None and threads < 1:
         raise RequestError(f"threads must be at least 1, got {threads}")
-    for info in devices():
-        if info.kind == kind and not info.usable:
-            raise BackendUnavailableError(device, info.reason)
-        if info.kind == "cpu" and kind in ("auto", "cpu"):
+    reason = ""
+    for info in devices() if kind != "cpu" else [_cpu()]:
+        if kind not in ("auto", info.kind) or (index and info.name != f"cuda:{int(index)}"):
+            continue
+        reason = reason or info.reason  # of several that cannot be used, the first one's
+        if not info.usable:
+            log.info("%s is not usable: %s", info.name, info.reason)
+            continue
+        if info.kind == "cpu":
             from .cpu import CpuBackend
 
             return CpuBackend(threads, progress)
-    raise BackendUnavailableError(device, "no usable device")
+        from .cuda import CudaBackend
+
+        try:
+            return CudaBackend(int(info.name.partition(":")[2]), deterministic=deterministic, progress=progress)
+        except BackendUnavailableError as error:
+            if kind == "cuda":
+                raise
+            log.warning("%s cannot be opened, looking further: %s", info.name, error.reason)
+    raise BackendUnavailableError(device, reason or _missing(kind))
 
 
 def kernel_cache_dir() -> Path:
@@ -55,8 +80,21 @@ def kernel_cache_dir() -> Path:
     return cache_dir()
 
 
-def _cuda() -> DeviceInfo:
-    return DeviceInfo("cuda", "cuda", "NVIDIA GPU", False, "this version has no CUDA kernels yet")
+def _cuda() -> list[DeviceInfo]:
+    """Every NVIDIA GPU, or one entry that says why there is none."""
+    found = []
+    for gpu in probe():
+        memory = f", {gpu.total_nbytes / 2**30:.1f} GiB" if gpu.total_nbytes else ""
+        found.append(DeviceInfo(gpu.device, "cuda", f"{gpu.name}{memory}", gpu.usable, gpu.reason))
+    return found
+
+
+def _missing(kind: str) -> str:
+    """Why a device of this kind that was named by number is none of those there are."""
+    named = [info for info in devices() if info.kind == kind]
+    if len(named) == 1 and ":" not in named[0].name:
+        return named[0].reason
+    return f"no such device, there are {', '.join(info.name for info in named)}"
 
 
 def _cpu() -> DeviceInfo:

@@ -67,6 +67,9 @@ _SAMPLING = (
 @click.option(
     "--context", type=POSITIVE, metavar="N", help="Tokens of prompt and output together; without it, the model's."
 )
+@click.option(
+    "--deterministic", is_flag=True, help="The same bits whatever shares a step on the GPU; the CPU always does that."
+)
 @click.option("--chat", is_flag=True, help="PROMPT is a user's message; apply the model's chat template.")
 @click.option("--system", type=TextType(), help="With --chat: the system message.")
 @click.option("--tokens", type=TokensType(), help="Token ids instead of PROMPT.")
@@ -85,6 +88,7 @@ def generate(
     ignore_eos: bool,
     threads: int | None,
     context: int | None,
+    deterministic: bool,
     chat: bool,
     system: str | None,
     tokens: tuple[int, ...] | None,
@@ -115,7 +119,13 @@ def generate(
         console.note("no --model: this is the built-in demonstration model, which only imitates Python code")
     log.debug("loading %s", model or "the demonstration model")
     with gllm.load(
-        model, device=device, dtype=dtype, threads=threads, context_length=context, progress=console.progress
+        model,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+        context_length=context,
+        deterministic=deterministic,
+        progress=console.progress,
     ) as llm:
         start = _chat(llm, str(text_or_ids), system) if chat else text_or_ids
         stream = llm.stream(start, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **options)

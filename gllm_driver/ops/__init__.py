@@ -7,6 +7,7 @@ from . import (
     flash_attention,
     fused_gate_up_silu,
     fused_qkv_rope,
+    kv_pages,
     linear,
     paged_attention,
     rms_norm,
@@ -27,5 +28,6 @@ CONTRACTS: dict[str, Contract] = {
         linear,
         fused_gate_up_silu,
         sample,
+        kv_pages,
     )
 }

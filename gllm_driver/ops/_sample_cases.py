@@ -49,6 +49,7 @@ def _greedy() -> Iterator[Case]:
     yield _case("one", np.array([[-3.5]]), [greedy])
     yield _case("one-drawn", np.array([[-3.5]]), [SamplingConfig(temperature=1.0)], advance=True)
     yield _case("zero", np.zeros((3, 37)), [greedy] * 3)
+    yield _case("signed-zeros", np.array([[-1.0, -0.0, 0.0], [-1.0, 0.0, -0.0]]), [greedy] * 2)
     row = np.array([-1.0, 5, 2, 5, NAN, 5, -INF, 0])
     rows = np.stack(
         [

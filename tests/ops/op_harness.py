@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from op_judge import Judge, first_difference
+from op_judge import Alternatives, Judge, first_difference
 from op_memory import Placed, Storage, decode, encode
 
 from gllm_driver.ops._sample_reference import certain_rows
@@ -49,7 +49,14 @@ def label(contract: Contract, storage: Storage) -> str:
     return "-".join(storage[n] for n in names)
 
 
-def run_case(contract: Contract, case: Case, storage: Storage, runner: Runner, shift: int = 0) -> None:
+def run_case(
+    contract: Contract,
+    case: Case,
+    storage: Storage,
+    runner: Runner,
+    shift: int = 0,
+    alternatives: Alternatives | None = None,
+) -> None:
     """Place the arrays, run the op, check memory and results. AssertionError says what is wrong."""
     placed: dict[str, Placed] = {}
     inputs: dict[str, np.ndarray] = {}
@@ -57,7 +64,7 @@ def run_case(contract: Contract, case: Case, storage: Storage, runner: Runner, s
         data = encode(values, storage[name])
         inputs[name] = decode(data, storage[name], values.shape)
         placed[name] = Placed(data, DTYPES[storage[name]], values.shape, shift * (i + 1))
-    judge = Judge(contract, case, storage, inputs)
+    judge = Judge(contract, case, storage, inputs, alternatives)
     for array in contract.arrays:
         if array.role == "out":
             shared = case.aliases.get(array.name)

@@ -1,13 +1,13 @@
 """Judges an op's results by the reference of its contract: NaN and infinities first, then the error.
 
 Products with block weights get two references, exact and with activations quantized to int8 per block as a kernel may
-do: results must be tight to one of them, and loosely near the exact one always.
+do: results must be tight to one of them, and loosely near the exact one always. A backend may name further ones.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,11 +88,27 @@ def random_steps(generator: np.random.Generator) -> Callable[[np.ndarray], np.nd
     return lambda scaled: scaled + generator.uniform(-0.5, 0.5, scaled.shape)
 
 
-class Judge:
-    """Compares an op's outputs with the reference, in the dtypes they are stored in."""
+Activation = Callable[[str, np.ndarray], np.ndarray]
+Alternatives = Mapping[str, Sequence[Activation]]
 
-    def __init__(self, contract: Contract, case: Case, storage: Storage, inputs: Mapping[str, np.ndarray]) -> None:
+
+class Judge:
+    """Compares an op's outputs with the reference, in the dtypes they are stored in.
+
+    `alternatives` are other ways in which a kernel may take the activations of a product, by name: each a few hooks of
+    the reference between whose results the kernel's must lie.
+    """
+
+    def __init__(
+        self,
+        contract: Contract,
+        case: Case,
+        storage: Storage,
+        inputs: Mapping[str, np.ndarray],
+        alternatives: Alternatives | None = None,
+    ) -> None:
         assert contract.reference is not None
+        self.alternatives = dict(alternatives or {})
         self.contract, self.case, self.storage, self.inputs = contract, case, storage, inputs
         self.scalars = {k: float(np.float32(v)) for k, v in case.scalars.items()}
         self.block_weights = frozenset(n for n, d in storage.items() if d in FORMATS)
@@ -105,8 +121,11 @@ class Judge:
 
     def resolved(self, resolve: Callable[[np.ndarray], np.ndarray]) -> Mapping[str, np.ndarray]:
         """The reference with activations quantized for the block weights."""
+        return self.resolved_by(Int8Activations(self.block_weights, resolve))
+
+    def resolved_by(self, hook: Activation) -> Mapping[str, np.ndarray]:
+        """The reference with activations as `hook` makes them."""
         assert self.contract.reference is not None
-        hook = Int8Activations(self.block_weights, resolve)
         return self.contract.reference(self.inputs, self.scalars, activation=hook)
 
     def check(self, actual: Mapping[str, np.ndarray]) -> None:
@@ -115,23 +134,23 @@ class Judge:
         assert {a.name for a in outputs} == set(self.exact) == set(actual)
         for array in outputs:
             expected = self.exact[array.name]
-            if self.dtype(array).startswith("i"):
+            if self.dtype(array).startswith(("i", "u")):
                 bad = actual[array.name] != expected
                 assert not bad.any(), f"{array.name}: {first_difference(actual[array.name], expected, bad)}"
             else:
                 stored = rounded(expected, self.dtype(array))
                 check_pattern(array.name, actual[array.name], stored, finite_only=self.int8)
-        floats = [a for a in outputs if not self.dtype(a).startswith("i")]
-        if not self.int8:
+        floats = [a for a in outputs if not self.dtype(a).startswith(("i", "u"))]
+        if not self.int8 and not self.alternatives:
             self.check_within(floats, actual, [self.exact])
             return
-        self.check_quantization_error(floats, actual)
-        g = np.random.Generator(np.random.PCG64(0))
-        edges = [nearest(-EDGE), nearest(EDGE), *(random_edges(g) for _ in range(6))]
-        candidates = {
-            "float activations": [self.exact],  # a kernel may also dequantize and multiply in f32
-            "int8 activations": [self.resolved(edge) for edge in edges],
-        }
+        candidates = {"float activations": [self.exact]}  # a kernel may also dequantize and multiply in f32
+        if self.int8:
+            self.check_quantization_error(floats, actual)
+            g = np.random.Generator(np.random.PCG64(0))
+            edges = [nearest(-EDGE), nearest(EDGE), *(random_edges(g) for _ in range(6))]
+            candidates["int8 activations"] = [self.resolved(edge) for edge in edges]
+        candidates |= {name: [self.resolved_by(hook) for hook in hooks] for name, hooks in self.alternatives.items()}
         problems = {name: self.problem_within(floats, actual, refs) for name, refs in candidates.items()}
         assert None in problems.values(), "; ".join(f"with {name}: {problem}" for name, problem in problems.items())
 
@@ -162,6 +181,7 @@ class Judge:
         """Off the exact result by no more than activations moved within their rounding step can do."""
         g = np.random.Generator(np.random.PCG64(1))
         samples = [self.resolved(random_steps(g)) for _ in range(8)]
+        samples += [self.resolved_by(hook) for hooks in self.alternatives.values() for hook in hooks]
         for array in arrays:
             exact = rounded(self.exact[array.name], self.dtype(array))
             tolerance = self.contract.tolerance[self.dtype(array)] * self.case.condition

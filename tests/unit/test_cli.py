@@ -143,12 +143,19 @@ def test_options_reach_the_model(model: FakeModel) -> None:
     line = (
         "generate x --model m --device cuda:1 --dtype bf16 --threads 3 --context 99 --max-tokens 5 --temperature 0.5 "
         "--top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.1 --presence-penalty 0.2 --frequency-penalty 0.3 "
-        "--seed 18446744073709551615 --stop a --stop b --ignore-eos"
+        "--seed 18446744073709551615 --stop a --stop b --ignore-eos --deterministic"
     )
     assert run(line.split()) == 0
     assert model.loaded is not None
     del model.loaded["progress"]
-    assert model.loaded == {"path": "m", "device": "cuda:1", "dtype": "bf16", "threads": 3, "context_length": 99}
+    assert model.loaded == {
+        "path": "m",
+        "device": "cuda:1",
+        "dtype": "bf16",
+        "threads": 3,
+        "context_length": 99,
+        "deterministic": True,
+    }
     assert model.options == {
         "max_tokens": 5,
         "temperature": 0.5,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = (
     {"errors", "types", "config"},
     {"ops"},
-    {"cpu_backend", "driver", "quant"},
+    {"cpu_backend", "driver", "launch", "quant"},
     {"backends"},
     {"models", "kv"},
     {"loaders"},
@@ -95,6 +95,9 @@ def breach(imported: Import) -> str | None:
         if target == "cpu_backend" and source != target and imported.module != "gllm_driver.backends.cpu":
             return f"{arrow}: only backends/cpu.py may"
         is_backend = names[1:2] == ["backends"] and names[2:3] in (["cpu"], ["cuda"])
+        is_inside = f"{imported.module}.".startswith("gllm_driver.backends.cuda.")
+        if is_backend and is_inside and names[2] == "cuda":
+            return None  # the package's own modules
         if is_backend and imported.module != "gllm_driver.backends.select":
             return f"{arrow}: only backends/select.py may"
         if is_backend and not imported.lazy:

@@ -1,0 +1,105 @@
+"""A step recorded as a flat list of kernel launches, issued one by one or captured once into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...driver.graph import Graph
+from ...driver.launch import Function, PackedParams
+from ...launch import Launch, launches
+from ...ops import CONTRACTS
+from ...types import F32, U8, Tensor
+
+if TYPE_CHECKING:
+    from .runtime import Runtime
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A launch with everything resolved."""
+
+    function: Function
+    launch: Launch
+    params: PackedParams
+
+
+class Program:
+    """Launches in order. `add` checks and packs an op call; `finish` resolves kernels and scratch; `run` issues all.
+
+    Recording it is what the forward pass needs of a Recorder.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._calls: list[tuple[np.ndarray, Launch]] = []
+        self._owners: list[Tensor] = []  # argument structs hold bare addresses: keep what they point to
+        self._ready: list[_Ready] = []
+        self._graph: Graph | None = None
+
+    def add(self, op: str, arrays: Mapping[str, Tensor | None], scalars: Mapping[str, float] | None = None) -> None:
+        """Append an op call. Raises ContractError, UnsupportedError."""
+        runtime = self._runtime
+        given = {name: tensor for name, tensor in arrays.items() if tensor is not None}
+        args = CONTRACTS[op].bind(arrays, scalars)
+        dtypes = {name: tensor.dtype.name for name, tensor in given.items()}
+        self._owners += given.values()
+        for launch in launches(op, args, dtypes, runtime.props, runtime.deterministic):
+            self._calls.append((args, launch))
+
+    def buffer(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The f32 workspace array of this name."""
+        return self._runtime.workspace.tensor(name, shape, F32)
+
+    @property
+    def symbols(self) -> list[str]:
+        """The kernels in order."""
+        return [launch.symbol for _, launch in self._calls]
+
+    def finish(self) -> Program:
+        """Load the kernels, size the scratch that all launches share, fix the parameters. Raises BackendError."""
+        runtime = self._runtime
+        scratch_nbytes = max((launch.workspace_nbytes for _, launch in self._calls), default=0)
+        scratch = runtime.workspace.tensor("scratch", (scratch_nbytes,), U8)
+        self._owners.append(scratch)
+        with runtime.device:
+            for args, launch in self._calls:
+                params = PackedParams(args, scratch.address) if launch.takes_workspace else PackedParams(args)
+                self._ready.append(_Ready(runtime.function(launch), launch, params))
+        return self
+
+    def issue(self) -> None:
+        """Queue every launch. Needs the device's context."""
+        stream = self._runtime.stream
+        for each in self._ready:
+            launch = each.launch
+            each.function.launch(launch.grid, launch.block, launch.smem_nbytes, stream, each.params)
+
+    def capture(self, after: Callable[[], None] | None = None) -> None:
+        """Make a graph of the launches and of what `after` issues. Nothing runs. Needs the device's context."""
+
+        def record() -> None:
+            self.issue()
+            if after:
+                after()
+
+        self.close()
+        self._graph = self._runtime.stream.capture(record)
+
+    @property
+    def is_captured(self) -> bool:
+        return self._graph is not None
+
+    def replay(self) -> None:
+        """Run the captured graph once. Needs the device's context."""
+        assert self._graph is not None
+        self._graph.launch(self._runtime.stream)
+
+    def close(self) -> None:
+        """Destroy the graph; launches under way finish."""
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            graph.close()

@@ -1,0 +1,25 @@
+"""Launch arithmetic: which kernels an op's call runs, on what grid. One module per op; integers only, no CUDA here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from .base import DeviceProps, Launch
+
+__all__ = ["DeviceProps", "Launch", "launches"]
+
+
+def launches(
+    op: str, args: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool = True
+) -> list[Launch]:
+    """The launches of one bound call, in stream order.
+
+    `args` is what `CONTRACTS[op].bind` returned; `dtypes` names the element type of every array given. Every kernel
+    takes that struct by value, and an address of scratch memory after it where `workspace_nbytes` is not 0.
+    """
+    module = importlib.import_module(f"{__name__}.{op}")
+    found: list[Launch] = module.launches(args, dtypes, device, deterministic)
+    return found

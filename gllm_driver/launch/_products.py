@@ -1,0 +1,119 @@
+"""What the launches of all products with stored weights share: which kernels can take them, and on what grids.
+
+Three families (kernels_cu/common): gemv for few tokens, mma for many, plain for what those cannot take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ..types import DTYPES
+from .base import MAX_GRID_YZ, DeviceProps, Launch, ceil_div
+
+SEGMENT = 256  # elements of K summed in one chain
+TILE_ROWS = 8  # weight rows of one tensor-core instruction
+GEMV_THREADS = 128
+GEMV_WARPS = GEMV_THREADS // 32
+MAX_GEMV_TOKENS = 16
+PANEL_NBYTES = 32 << 10  # activation rows in shared memory
+PLAIN_THREADS = 256
+PLAIN_TOKENS = 8
+ROW_THREADS = 128
+SEGMENT_STRIDE = {"f16": 512, "bf16": 512, "q8_0": 288, "q4_0": 176}  # bytes of a row's segment in shared memory
+DEPTH_STRIDE = {"f16": 128, "bf16": 128, "q8_0": 96, "q4_0": 80}  # of 64 elements
+RING_STAGES = {"f16": 3, "bf16": 3, "q8_0": 4, "q4_0": 4}
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """Tokens by weight rows of a block, and the bytes it holds in shared memory."""
+
+    tokens: int
+    rows: int
+    threads: int
+    stages: int
+
+    def smem_nbytes(self, dtype: str) -> int:
+        return self.stages * (self.tokens * 128 + self.rows * DEPTH_STRIDE[dtype])
+
+    @property
+    def name(self) -> str:
+        return f"{self.tokens}x{self.rows}"
+
+
+LARGE = GemmShape(128, 128, 256, 3)
+SMALL = GemmShape(64, 64, 128, 4)
+
+
+def half_of(dtype: str) -> str:
+    """The 16-bit type in which activations meet weights of `dtype`."""
+    return "bf16" if dtype == "bf16" else "f16"
+
+
+def on_tensor_cores(weights: Iterable[tuple[str, int]], K: int, device: DeviceProps) -> bool:
+    """Whether weights (dtype, address) of row length K can be copied 16 bytes at a time; the plain kernel takes all."""
+    return device.cc >= (8, 0) and all(
+        dtype in SEGMENT_STRIDE and address % 16 == 0 and (DTYPES[dtype].is_quantized or K % 8 == 0)
+        for dtype, address in weights
+    )
+
+
+def gemv_planes(dtype: str, T: int, deterministic: bool) -> int:
+    """16-bit rows per token: enough for f32 activations, but one if results may not depend on the number of tokens."""
+    if deterministic:
+        return 1
+    return 3 if dtype == "bf16" and T <= 10 else 2  # beyond, a third row per token would not fit beside the others
+
+
+def gemv(
+    op: str,
+    dtype: str,
+    T: int,
+    K: int,
+    units: int,
+    unit: int,
+    device: DeviceProps,
+    deterministic: bool,
+    workspace_nbytes: int = 0,
+) -> Launch:
+    """One pass over the weights for T ≤ MAX_GEMV_TOKENS; `units` of `unit` tiles each."""
+    planes = gemv_planes(dtype, T, deterministic)
+    slots = T * planes
+    segments = ceil_div(K, SEGMENT)
+    pairs = ceil_div(slots, 2)
+    panel = min(segments, PANEL_NBYTES // (pairs * SEGMENT * 4))
+    ring = GEMV_WARPS * RING_STAGES[dtype] * TILE_ROWS * SEGMENT_STRIDE[dtype]
+    parts = (panel + 1) * unit * slots * TILE_ROWS * 4
+    smem_nbytes = ring + panel * SEGMENT * 4 * pairs + parts
+    # As many blocks as run at once, but no more than an equal number of rounds for each needs.
+    at_once = device.num_sms * max(1, min(8, (device.max_smem_optin + 1024) // (smem_nbytes + 2048)))
+    grid = ceil_div(units, ceil_div(units, at_once))
+    name = f"{op}__gemv_{dtype}_p{planes}_m{1 if slots <= 16 else 2}"
+    return Launch(name, (grid, 1, 1), (GEMV_THREADS, 1, 1), smem_nbytes, workspace_nbytes)
+
+
+def prepared_nbytes(T: int, K: int) -> int:
+    """Scratch of activation rows in 16 bits, in pairs, and an f32 for each."""
+    return ceil_div(T, 2) * ceil_div(K, SEGMENT) * SEGMENT * 4 + T * 4
+
+
+def mma(op: str, dtype: str, T: int, K: int, tiles: int, workspace_nbytes: int, device: DeviceProps) -> Launch:
+    """Products of prepared rows; `tiles` of eight weight rows."""
+    blocks = ceil_div(T, LARGE.tokens) * ceil_div(tiles * TILE_ROWS, LARGE.rows)
+    fits = LARGE.smem_nbytes(dtype) <= device.max_smem_optin and DTYPES[dtype].row_nbytes(K) % 16 == 0
+    shape = LARGE if fits and blocks >= device.num_sms else SMALL
+    grid = (ceil_div(tiles * TILE_ROWS, shape.rows), ceil_div(T, shape.tokens), 1)
+    smem_nbytes = shape.smem_nbytes(dtype)
+    return Launch(f"{op}__mma_{dtype}_{shape.name}", grid, (shape.threads, 1, 1), smem_nbytes, workspace_nbytes)
+
+
+def rows(op: str, kind: str, T: int, workspace_nbytes: int) -> Launch:
+    """The kernel that prepares activations, one block per token."""
+    return Launch(f"{op}__rows_{kind}", (T, 1, 1), (ROW_THREADS, 1, 1), 0, workspace_nbytes)
+
+
+def plain(op: str, T: int, N: int, workspace_nbytes: int = 0) -> Launch:
+    """The kernel for any weights: a warp per row, eight tokens at a time."""
+    grid = (ceil_div(N, PLAIN_THREADS // 32), min(ceil_div(T, PLAIN_TOKENS), MAX_GRID_YZ), 1)
+    return Launch(f"{op}__plain", grid, (PLAIN_THREADS, 1, 1), 0, workspace_nbytes)

@@ -1,0 +1,44 @@
+"""Launches of fused_qkv_rope: norm (many tokens only), products, and `place` where heads are normalized or odd."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import _products as products
+from .base import DeviceProps, Launch, ceil_div
+
+OP = "fused_qkv_rope"
+UNIT_ROWS = 2 * products.TILE_ROWS
+PLACE_THREADS = 128
+
+
+def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
+    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype."""
+    T, D, QD, KD, head_dim = (int(a[dim]) for dim in ("T", "D", "QD", "KD", "Dh"))
+    if not T:
+        return []
+    raw = ceil_div(T * KD * 8, 256) * 256  # k and v before they are placed
+    weights = [(dtypes[name], int(a[name])) for name in ("wq", "wk", "wv")]
+    kinds = list(dict.fromkeys(dtype for dtype, _ in weights))
+    halves = {products.half_of(kind) for kind in kinds}
+    place = Launch(
+        f"{OP}__place",
+        (ceil_div(T * (QD + 2 * KD) // head_dim, PLACE_THREADS // 32), 1, 1),
+        (PLACE_THREADS, 1, 1),
+        workspace_nbytes=raw,
+    )
+    if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
+        scratch = raw + T * D * 4
+        return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
+    units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
+    if T <= products.MAX_GEMV_TOKENS:
+        found = [products.gemv(OP, kind, T, D, units, 2, device, deterministic, raw) for kind in kinds]
+    else:
+        scratch = raw + products.prepared_nbytes(T, D)
+        found = [products.rows(OP, halves.pop(), T, scratch)]
+        found += [products.mma(OP, kind, T, D, 2 * units, scratch, device) for kind in kinds]
+    if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS:  # the products' epilogue cannot finish heads
+        found.append(place)
+    return found

@@ -1,0 +1,27 @@
+"""Launches of linear: one for few tokens, two for many (activations to 16 bits, then the product)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import _products as products
+from .base import DeviceProps, Launch, ceil_div
+
+
+def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
+    """Results of a token are the same bits whatever T if `deterministic`."""
+    T, K, N, dtype = int(a["T"]), int(a["K"]), int(a["N"]), dtypes["weight"]
+    if not T or not N:
+        return []
+    if not products.on_tensor_cores([(dtype, int(a["weight"]))], K, device):
+        return [products.plain("linear", T, N)]
+    tiles = ceil_div(N, products.TILE_ROWS)
+    if T <= products.MAX_GEMV_TOKENS:
+        return [products.gemv("linear", dtype, T, K, tiles, 1, device, deterministic)]
+    scratch = products.prepared_nbytes(T, K)
+    return [
+        products.rows("linear", products.half_of(dtype), T, scratch),
+        products.mma("linear", dtype, T, K, tiles, scratch, device),
+    ]

@@ -1,0 +1,41 @@
+// embedding - out[t] = weight[ids[t]], dequantized. A block takes 2048 columns of one row, eight to a thread.
+#include "common/quant.cuh"
+#include "generated/embedding_args.h"
+
+constexpr int kEmbeddingThreads = 256;
+
+template <class D>
+__device__ __forceinline__ void embedding(const EmbeddingArgs &a) {
+  const int64_t t = blockIdx.x;
+  const auto *row = byte_offset(a.weight, a.ids[t] * row_nbytes<D>(a.D));
+  float *out = a.out + t * a.D;
+  const int k = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8;
+  if (k >= a.D) return;
+  if (k + 8 > a.D) {  // the ragged end; block formats have none
+    if constexpr (!kIsQuantized<D>) {
+      for (int i = k; i < a.D; i++) out[i] = load_one<D>(row, i);
+    }
+    return;
+  }
+  float v[8];
+  if (is_aligned(row, 16)) {
+    dequantize8<D, true>(row, k, v);
+  } else {
+    dequantize8<D, false>(row, k, v);
+  }
+  if (is_aligned(out, 16)) {
+    store_f32x4(out + k, make_float4(v[0], v[1], v[2], v[3]));
+    store_f32x4(out + k + 4, make_float4(v[4], v[5], v[6], v[7]));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; i++) out[k + i] = v[i];
+  }
+}
+
+#define EMBEDDING(dtype, D) \
+  extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding__##dtype(const __grid_constant__ EmbeddingArgs a) { embedding<D>(a); }
+EMBEDDING(f32, F32)
+EMBEDDING(f16, F16)
+EMBEDDING(bf16, BF16)
+EMBEDDING(q8_0, Q8_0)
+EMBEDDING(q4_0, Q4_0)

@@ -1,0 +1,190 @@
+// fused_qkv_rope - norm, Q/K/V projections, biases, q/k-norm, rotary embedding, and the write into the paged KV cache.
+//
+// A unit is sixteen rows of one head. Where heads have no norm of their own, its two tiles hold the rows in pairs that are
+// rotated together, and the product's epilogue finishes the job. A head's norm needs the whole head: products then go,
+// as they are, to `q` and to scratch (k and v), and `place` does the rest with a warp per head.
+//
+// Scratch: k and v as they are, f32 [T, 2 KD], then the rows of activations at a multiple of 256 bytes.
+#include "common/gemv.cuh"
+#include "common/mma_gemm.cuh"
+#include "common/plain_gemm.cuh"
+#include "common/product_variants.cuh"
+#include "generated/fused_qkv_rope_args.h"
+
+constexpr int kPlaceThreads = 128;
+constexpr int kUnitRows = 2 * kTileRows;
+
+struct Qkv {
+  static constexpr int kUnit = 2;
+  static constexpr bool kNorm = true;
+  const FusedQkvRopeArgs &a;
+  const float *x, *norm;
+  const int T, K;
+  const float eps;
+  float *const raw;   // [T, 2 KD]
+  const bool rotates;  // whether the epilogue finishes the job; gllm_driver/launch/fused_qkv_rope.py decides alike
+
+  __device__ __forceinline__ Qkv(const FusedQkvRopeArgs &args, void *scratch)
+      : a(args), x(args.x), norm(args.norm), T(args.T), K(args.D), eps(args.eps), raw(static_cast<float *>(scratch)),
+        rotates(args.q_norm == nullptr && args.R % 8 == 0 && args.Dh % kUnitRows == 0) {}
+
+  __device__ __forceinline__ void *rows_scratch() const {
+    return byte_offset(static_cast<void *>(raw), ceil_div(static_cast<int64_t>(T) * a.KD * 8, static_cast<int64_t>(256)) * 256);
+  }
+
+  __device__ __forceinline__ int units(int rows) const { return ceil_div(rows, kUnitRows); }
+  __device__ __forceinline__ int num_units() const { return units(a.QD) + 2 * units(a.KD); }
+
+  // Which projection a unit is of (0 q, 1 k, 2 v); `unit` becomes its number there.
+  __device__ __forceinline__ int part_of(int &unit) const {
+    if (unit < units(a.QD)) return 0;
+    unit -= units(a.QD);
+    if (unit < units(a.KD)) return 1;
+    unit -= units(a.KD);
+    return 2;
+  }
+  __device__ __forceinline__ int rows_of(int part) const { return part == 0 ? a.QD : a.KD; }
+  __device__ __forceinline__ const void *weight_of(int part) const { return part == 0 ? a.wq : part == 1 ? a.wk : a.wv; }
+  __device__ __forceinline__ int dtype_of(int part) const { return part == 0 ? a.wq_dtype : part == 1 ? a.wk_dtype : a.wv_dtype; }
+  __device__ __forceinline__ const float *bias_of(int part) const { return part == 0 ? a.bq : part == 1 ? a.bk : a.bv; }
+
+  // Which rows of its projection stand in tile 0 or 1 of a unit: first, first + step, ...
+  __device__ __forceinline__ int first_row(int part, int unit, int tile) const {
+    const int first = unit * kUnitRows, dim = first % a.Dh;
+    if (!rotated(part, dim)) return first + tile * kTileRows;
+    return a.rope_style == 1 ? first + tile : first - dim / 2 + tile * a.R;
+  }
+  __device__ __forceinline__ int row_step(int part, int unit) const {
+    return a.rope_style == 1 && rotated(part, unit * kUnitRows % a.Dh) ? 2 : 1;
+  }
+  __device__ __forceinline__ bool rotated(int part, int dim) const { return rotates && part != 2 && dim < 2 * a.R; }
+
+  // Rows of projections stored in another type are left out: a launch per type computes them.
+  template <class D>
+  __device__ __forceinline__ WeightTile<D> tile(int index) const {
+    int unit = index / 2;
+    const int part = part_of(unit), rows = rows_of(part);
+    const bool mine = dtype_of(part) == D::kCode && unit < units(rows);
+    return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
+  }
+
+  // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
+  __device__ __forceinline__ int64_t slot(int token, int part, int head) const {
+    if (part == 0) return static_cast<int64_t>(token) * a.QD + head * a.Dh;
+    const int64_t position = a.positions[token], index = position / a.P, within = position - index * a.P;
+    const int64_t page = a.page_table[static_cast<int64_t>(a.seq[token]) * a.MP + index];
+    return ((((page * a.L + a.layer) * 2 + (part - 1)) * a.HK + head) * a.P + within) * a.Dh;
+  }
+
+  __device__ __forceinline__ void put(int part, int64_t i, float value) const {
+    if (part == 0) {
+      a.q[i] = value;
+    } else if (a.kv_dtype == kCodeF16) {
+      static_cast<__half *>(a.kv)[i] = from_f32<__half>(value);
+    } else if (a.kv_dtype == kCodeBF16) {
+      static_cast<bf16 *>(a.kv)[i] = from_f32<bf16>(value);
+    } else {
+      static_cast<float *>(a.kv)[i] = value;
+    }
+  }
+
+  __device__ __forceinline__ float *raw_row(int token, int part) const {
+    return part == 0 ? a.q + static_cast<int64_t>(token) * a.QD : raw + (static_cast<int64_t>(token) * 2 + (part - 1)) * a.KD;
+  }
+
+  template <class D>
+  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2]) const {
+    if (unit >= num_units()) return;
+    const int part = part_of(unit), step = row_step(part, unit);
+    const int first = first_row(part, unit, 0) + r * step, second = first_row(part, unit, 1) + r * step;
+    if (dtype_of(part) != D::kCode) return;
+    if (!rotates) {
+      if (first < rows_of(part)) raw_row(token, part)[first] = values[0];
+      if (second < rows_of(part)) raw_row(token, part)[second] = values[1];
+      return;
+    }
+    const float *bias = bias_of(part);
+    float u = values[0], v = values[1];
+    if (bias != nullptr) u += bias[first], v += bias[second];
+    const int dim = unit * kUnitRows % a.Dh;
+    if (rotated(part, dim)) rotate(token, dim / 2 + r, u, v);
+    const int head = first / a.Dh;
+    const int64_t to = slot(token, part, head) - head * a.Dh;
+    put(part, to + first, u);
+    put(part, to + second, v);
+  }
+
+  // Turn (u, v) by the angle of pair i at the token's position.
+  __device__ __forceinline__ void rotate(int token, int i, float &u, float &v) const {
+    const float *cos_sin = a.cos_sin + static_cast<int64_t>(token) * 2 * a.R;
+    const float c = cos_sin[i], s = cos_sin[a.R + i], x0 = u;
+    u = x0 * c - v * s;
+    v = v * c + x0 * s;
+  }
+
+  __device__ __forceinline__ void plain(int n, const float *rows, int first, int tokens) const {
+    const int part = n < a.QD ? 0 : n < a.QD + a.KD ? 1 : 2, row = n - (part == 0 ? 0 : a.QD + (part - 1) * a.KD);
+    float sum[kPlainTokens];
+    plain_row(weight_of(part), dtype_of(part), row, rows, tokens, K, sum);
+#pragma unroll
+    for (int t = 0; t < kPlainTokens; t++) {
+      if (t < tokens && threadIdx.x % 32 == t) raw_row(first + t, part)[row] = sum[t];
+    }
+  }
+
+  // One head of one token: bias, norm, rotation, and to where it belongs. All lanes of a warp.
+  __device__ __forceinline__ void place(int token, int head) const {
+    const int q_heads = a.QD / a.Dh, part = head < q_heads ? 0 : head < q_heads + a.HK ? 1 : 2, lane = threadIdx.x % 32;
+    const int first = (head - (part == 0 ? 0 : q_heads + (part - 1) * a.HK)) * a.Dh;
+    const float *in = raw_row(token, part) + first, *bias = bias_of(part), *weight = part == 0 ? a.q_norm : part == 1 ? a.k_norm : nullptr;
+    const auto biased = [&](int d) { return bias != nullptr ? in[d] + bias[first + d] : in[d]; };
+    float factor = 1.f;
+    if (weight != nullptr) {
+      float sum = 0;
+      for (int d = lane; d < a.Dh; d += 32) sum = fmaf(biased(d), biased(d), sum);
+      factor = 1.f / sqrtf(warp_sum(sum) / static_cast<float>(a.Dh) + a.qk_eps);
+      __syncwarp();  // q may be written where other lanes have just read it
+    }
+    const auto value = [&](int d) { return weight != nullptr ? biased(d) * factor * weight[d] : biased(d); };
+    const int64_t to = slot(token, part, first / a.Dh);
+    const int pairs = part == 2 ? 0 : a.R;
+    for (int i = lane; i < pairs; i += 32) {  // a lane reads both of a pair before it writes them: q is changed in place
+      const int d0 = a.rope_style == 1 ? 2 * i : i, d1 = a.rope_style == 1 ? 2 * i + 1 : i + a.R;
+      float u = value(d0), v = value(d1);
+      rotate(token, i, u, v);
+      put(part, to + d0, u);
+      put(part, to + d1, v);
+    }
+    for (int d = 2 * pairs + lane; d < a.Dh; d += 32) put(part, to + d, value(d));
+  }
+};
+
+#define KERNEL(bounds, name) \
+  extern "C" __global__ void __launch_bounds__ bounds fused_qkv_rope__##name(const __grid_constant__ FusedQkvRopeArgs a, void *scratch)
+
+#define GEMV(name, Type, planes, tiles) \
+  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { gemv<Type, planes, tiles>(Qkv(a, scratch)); }
+GEMV_VARIANTS(GEMV)
+
+#define ROWS(name, Half) \
+  KERNEL((kRowThreads), rows_##name) { prepare_row<Half, true>(a.x, a.norm, a.T, a.D, a.eps, Qkv(a, scratch).rows_scratch()); }
+ROWS(f16, __half)
+ROWS(bf16, bf16)
+KERNEL((kRowThreads), rows_f32) { normalize_row(a.x, a.norm, a.D, a.eps, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
+
+#define MMA(name, Type, tokens, rows, ...)                                                                       \
+  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
+    const Qkv op(a, scratch);                                                                                 \
+    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
+  }
+MMA_VARIANTS(MMA)
+
+KERNEL((kPlainThreads), plain) {
+  const Qkv op(a, scratch);
+  plain_gemm(op, static_cast<const float *>(op.rows_scratch()), a.QD + 2 * a.KD);
+}
+
+KERNEL((kPlaceThreads), place) {
+  const int warp = static_cast<int>(blockIdx.x) * (kPlaceThreads / 32) + threadIdx.x / 32, heads = a.QD / a.Dh + 2 * a.HK;
+  if (warp < a.T * heads) Qkv(a, scratch).place(warp / heads, warp % heads);
+}

@@ -1,0 +1,89 @@
+"""The CUDA backend on a test's device: the simulated one with cubins made up for its kernels, or a real GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostsim import session
+from oracle import tiny_models, to_gguf
+
+import gllm_driver as gllm
+from gllm_driver.driver.manifest import FOLDER, FORMAT
+from gllm_driver.llm import _place
+from gllm_driver.loaders.open import open_checkpoint
+from gllm_driver.ops import CONTRACTS
+
+SIMULATED_ARCH = "80"
+ORDER = {name: os.environ[f"HOSTSIM_{name}"] for name in ("ORDER", "SEED") if f"HOSTSIM_{name}" in os.environ}
+
+
+def fresh(**settings: str) -> session.Stub:
+    """The simulated device as a new process finds it, but for `settings`; the order of threads is what CI asks for."""
+    stub = session.stub()
+    stub.reset(**ORDER, **settings)
+    return stub
+
+
+@functools.cache
+def kernels() -> Path:
+    """A folder of kernel binaries: the shipped ones on a real GPU, else stand-ins for what the simulated device has."""
+    if session.on_real_gpu():
+        return FOLDER
+    if shutil.which("g++") is None:
+        pytest.skip("the simulated device needs g++")
+    from hostsim.direct import HostKernels
+    from hostsim.fake_cubin import FakeKernel, fake_cubin
+
+    folder = Path(tempfile.mkdtemp(prefix="gllm-cubins-"))
+    host = HostKernels(session.folder())
+    files: dict[str, Any] = {}
+    for op, contract in CONTRACTS.items():
+        names = [name for name in host.names() if name.startswith(f"{op}__")]
+        image = fake_cubin({n: FakeKernel(host.param_nbytes(n)) for n in names}, int(SIMULATED_ARCH))
+        file = f"{op}.cubin"
+        (folder / file).write_bytes(image)
+        files[file] = {
+            "op": op,
+            "arch": SIMULATED_ARCH,
+            "abi_hash": contract.abi_hash,
+            "sha256": hashlib.sha256(image).hexdigest(),
+            "kernels": names,
+        }
+    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}))
+    return folder
+
+
+def open_cuda(**options: Any) -> Any:
+    """A CudaBackend."""
+    from gllm_driver.backends.cuda import CudaBackend
+
+    return CudaBackend(**{"kernels": kernels(), **options})
+
+
+def load_cuda(
+    path: Path | None = None, *, dtype: str = "auto", context_length: int | None = None, **options: Any
+) -> gllm.LLM:
+    """A model on the device under test; None is the demonstration model. `options` are those of CudaBackend."""
+    checkpoint = open_checkpoint(gllm.llm.demo_model_path() if path is None else path, progress=False)
+    engine = _place(checkpoint, open_cuda(**options), dtype, context_length, None)
+    return gllm.LLM(checkpoint, engine.backend, engine, 0.0)
+
+
+_models = Path(tempfile.mkdtemp(prefix="gllm-tiny-"))
+
+
+def tiny(name: str, file_type: str = "") -> Path:
+    """A tiny model as a Hugging Face directory, or as a GGUF of `file_type`; made at its first use."""
+    row = tiny_models.BY_NAME[name]
+    path = _models / (f"{name}-{file_type}.gguf" if file_type else name)
+    if path.exists():
+        return path
+    return to_gguf.convert(row, path, file_type) if file_type else tiny_models.build(row, path)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""The CUDA tests on a machine with a GPU: `python -m tests.gpu` (README.md)."""

@@ -1,0 +1,50 @@
+"""Every op's kernels through the driver, in every dtype, on every case, against the contract's reference."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostsim import session
+
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "ops"), str(TESTS / "e2e")]
+
+from cuda_models import kernels  # noqa: E402
+from cuda_runner import DriverRunner, kernel_ops  # noqa: E402
+from cuda_tolerance import activations_for, contract_for  # noqa: E402
+from op_harness import label, run_case, storages  # noqa: E402
+from op_memory import Storage  # noqa: E402
+
+from gllm_driver.ops import CONTRACTS  # noqa: E402
+from gllm_driver.ops.contract import Case  # noqa: E402
+
+
+@functools.cache
+def runner() -> DriverRunner:
+    """On the machine's GPU, or on the simulated device unless GLLM_TEST_GPU is set."""
+    if not session.on_real_gpu():
+        session.stub().reset(THREADS="2")
+    return DriverRunner(cubins=kernels())
+
+
+def parameters() -> Iterator[Any]:
+    index = 0
+    for op in kernel_ops():
+        contract = CONTRACTS[op]
+        assert contract.cases is not None
+        for case in contract.cases():
+            for storage in storages(contract, case):
+                name = "-".join(filter(None, (op, case.label, label(contract, storage))))
+                yield pytest.param(op, case, storage, index, id=name)
+                index += 1
+
+
+@pytest.mark.parametrize(("op", "case", "storage", "index"), parameters())
+def test_parity(op: str, case: Case, storage: Storage, index: int) -> None:
+    shift = index % 2 * (1 + index % 7)  # every other one at alignments no better than an element's
+    run_case(contract_for(op, case, storage), case, storage, runner(), shift, activations_for(op, storage))

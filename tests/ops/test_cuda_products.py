@@ -1,0 +1,184 @@
+"""Products with stored weights on the simulated device: exact for few tokens, the same bits whatever their number."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_runner import hostsim_folder, kernel_ops
+from cuda_tolerance import activations_for
+from op_harness import label, run_case, storages
+from op_memory import Placed, Storage, decode, encode
+from test_cuda_parity import ROOT
+
+from gllm_driver.launch import DeviceProps, Launch, launches
+from gllm_driver.launch import _products as products
+from gllm_driver.ops import CONTRACTS
+from gllm_driver.ops._case_tools import normal, rng
+from gllm_driver.ops.contract import Case
+from gllm_driver.types import DTYPES, WEIGHT_DTYPES, Tensor
+
+pytestmark = pytest.mark.hostsim
+
+PRODUCTS = [op for op in ("linear", "fused_gate_up_silu", "fused_qkv_rope") if op in kernel_ops()]
+ONE_SM = DeviceProps(cc=(8, 0), num_sms=1, max_smem_optin=163 << 10)  # blocks take several units; large tiles
+
+
+@functools.cache
+def kernels() -> Any:
+    from hostsim.direct import HostKernels
+
+    return HostKernels(hostsim_folder())
+
+
+def run(
+    op: str, arrays: Mapping[str, Tensor | None], scalars: Mapping[str, float], *, deterministic: bool = False
+) -> None:
+    kernels().run_op(op, arrays, scalars, device=ONE_SM, deterministic=deterministic)
+
+
+def parameters() -> list[Any]:
+    found: list[Any] = []
+    for op in PRODUCTS:
+        contract = CONTRACTS[op]
+        assert contract.cases is not None
+        for case in contract.cases():
+            for storage in storages(contract, case):
+                name = "-".join(filter(None, (op, case.label, label(contract, storage))))
+                found.append(pytest.param(op, case, storage, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("op", "case", "storage"), parameters())
+def test_default_mode(op: str, case: Case, storage: Storage) -> None:
+    """Up to ten tokens nothing is rounded that f32 holds; aligned memory, so tensor cores get all they can take."""
+    alternatives = {} if len(case.arrays["x"]) <= 10 else activations_for(op, storage)
+    run_case(CONTRACTS[op], case, storage, run, alternatives=alternatives)
+
+
+def results(op: str, arrays: Mapping[str, np.ndarray], storage: Storage, scalars: Mapping[str, float]) -> Any:
+    """Every output, as computed in deterministic mode."""
+    placed = {n: Placed(encode(a, storage[n]), DTYPES[storage[n]], a.shape, 0) for n, a in arrays.items()}
+    T = len(arrays["x"])
+    for name, width in (("out", arrays.get("weight", arrays.get("gate"))), ("q", arrays.get("wq"))):
+        if width is not None:
+            placed[name] = Placed.unwritten(DTYPES["f32"], (T, len(width)), 0)
+    tensors = {a.name: placed[a.name].tensor if a.name in placed else None for a in CONTRACTS[op].arrays}
+    run(op, tensors, scalars, deterministic=True)
+    return {a.name: placed[a.name].values() for a in CONTRACTS[op].arrays if a.role != "in"}
+
+
+LENGTHS = (1, 2, 5, 16, 17, 33)
+
+
+@pytest.mark.parametrize("K", [96, 768, 2848])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("op", ["linear", "fused_gate_up_silu"])
+def test_a_token_gets_the_same_bits_whatever_the_number_of_tokens(op: str, dtype: str, K: int) -> None:
+    g = rng("same bits", K)
+    weights = ("weight",) if op == "linear" else ("gate", "up")
+    arrays = {"x": normal(g, 33, K)} | {name: normal(g, 77, K, scale=K**-0.5) for name in weights}
+    if op != "linear":
+        arrays["norm"] = normal(g, K)
+    storage = dict.fromkeys(arrays, "f32") | dict.fromkeys(weights, dtype)
+    scalars = {} if op == "linear" else {"eps": 1e-5, "activation": 0}
+    whole = results(op, arrays, storage, scalars)["out"]
+    for T in LENGTHS:
+        assert np.array_equal(results(op, {**arrays, "x": arrays["x"][:T]}, storage, scalars)["out"], whole[:T]), T
+    last = results(op, {**arrays, "x": arrays["x"][32:]}, storage, scalars)["out"]
+    assert np.array_equal(last, whole[32:])
+    stored = {n: decode(encode(arrays[n], dtype), dtype, arrays[n].shape) for n in weights}
+    if op == "linear":
+        assert np.abs(whole - arrays["x"] @ stored["weight"].T).max() < 2e-2
+
+
+@pytest.mark.parametrize("has_head_norms", [False, True])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_heads_get_the_same_bits_whatever_the_number_of_tokens(dtype: str, has_head_norms: bool) -> None:
+    g = rng("same heads")
+    hidden, heads, kv_heads, head_dim, page_size = 544, 4, 2, 32, 16
+    positions = np.arange(33, dtype=np.int64) + 5
+    angle = positions[:, None] * 1e4 ** -(np.arange(16) / 16)
+    per_token = {
+        "x": normal(g, 33, hidden),
+        "cos_sin": np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32),
+        "positions": positions,
+        "seq": np.zeros(33, np.int32),
+    }
+    weights = {
+        n: normal(g, h * head_dim, hidden, scale=hidden**-0.5) for n, h in zip(WEIGHTS, (heads, 2, 2), strict=True)
+    }
+    fixed = {
+        **weights,
+        "norm": normal(g, hidden),
+        "page_table": np.array([[3, 1, 0, 2]], np.int32),
+        "kv": np.zeros((4, 1, 2, kv_heads, page_size, head_dim), np.float32),
+    }
+    if has_head_norms:
+        fixed |= {"q_norm": normal(g, head_dim), "k_norm": normal(g, head_dim)}
+    storage = dict.fromkeys({**per_token, **fixed}, "f32") | dict.fromkeys(WEIGHTS, dtype)
+    storage |= {"kv": "f16", "positions": "i64", "seq": "i32", "page_table": "i32"}
+    scalars = {"layer": 0, "rope_style": 0, "eps": 1e-5, "qk_eps": 1e-6}
+    whole = results("fused_qkv_rope", {**per_token, **fixed}, storage, scalars)
+    for T in LENGTHS:
+        some = results("fused_qkv_rope", {**{n: a[:T] for n, a in per_token.items()}, **fixed}, storage, scalars)
+        assert np.array_equal(some["q"], whole["q"][:T]), T
+        for position in positions[:T]:
+            page, row = fixed["page_table"][0, position // page_size], position % page_size
+            assert np.array_equal(some["kv"][page, :, :, :, row], whole["kv"][page, :, :, :, row]), T
+
+
+WEIGHTS = ("wq", "wk", "wv")
+
+
+def of_linear(dtype: str, T: int, K: int, N: int, *, address: int = 256, cc: tuple[int, int] = (9, 0)) -> list[Launch]:
+    """The launches of a linear on an H200-like device; nothing is run."""
+    tensors: dict[str, Tensor | None] = {
+        "x": Tensor(256, (T, K), DTYPES["f32"]),
+        "weight": Tensor(address, (N, K), DTYPES[dtype]),
+        "out": Tensor(256, (T, N), DTYPES["f32"]),
+    }
+    device = DeviceProps(cc=cc, num_sms=132, max_smem_optin=227 << 10)
+    return launches("linear", CONTRACTS["linear"].bind(tensors), {"weight": dtype}, device, False)
+
+
+def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
+    for dtype in ("f16", "bf16", "q8_0", "q4_0"):
+        for N in (1024, 4096, 151_936):
+            (launch,) = of_linear(dtype, 1, 3072, N)
+            assert launch.symbol == f"linear__gemv_{dtype}_p{3 if dtype == 'bf16' else 2}_m1"
+            assert launch.grid[0] >= 128
+            assert launch.smem_nbytes <= 99 << 10
+
+
+def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
+    for dtype in ("f16", "bf16", "q8_0", "q4_0"):
+        for T in (*range(1, 18), 64, 4096):
+            for K in (64, 4096, 28_672):
+                assert all(launch.smem_nbytes <= 99 << 10 for launch in of_linear(dtype, T, K, 4096, cc=(8, 6)))
+
+
+def test_what_tensor_cores_cannot_take_goes_to_the_plain_kernel() -> None:
+    for launch in (
+        of_linear("f32", 1, 64, 64),
+        of_linear("f16", 1, 65, 64),
+        of_linear("q8_0", 1, 64, 64, address=258),
+        of_linear("bf16", 1, 64, 64, cc=(7, 5)),
+    ):
+        assert [one.symbol for one in launch] == ["linear__plain"]
+
+
+def test_the_sources_have_the_numbers_the_launches_count_with() -> None:
+    text = "".join(p.read_text() for p in sorted((ROOT / "kernels_cu" / "common").glob("*.cuh")))
+    for said in (
+        f"constexpr int kSegment = {products.SEGMENT};",
+        f"constexpr int kRowThreads = {products.ROW_THREADS};",
+        f"constexpr int kMaxGemvTokens = {products.MAX_GEMV_TOKENS};",
+        f"constexpr int kPanelNbytes = {products.PANEL_NBYTES >> 10} << 10;",
+        f"constexpr int kPlainThreads = {products.PLAIN_THREADS};",
+        f"constexpr int kPlainTokens = {products.PLAIN_TOKENS};",
+    ):
+        assert said in text, said
