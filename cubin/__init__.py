@@ -1,5 +1,4 @@
 """Prebuilt GPU kernels: `sm_XX/<op>.cubin` for each architecture and `manifest.json`, which names what each contains.
 
-The files are made from kernels_cu/ and travel with the package as data; nothing is compiled for a GPU at run time. So
-far there are none: this version computes on the CPU.
+The files are made from kernels_cu/ and travel with the package as data; nothing is compiled for a GPU at run time.
 """
