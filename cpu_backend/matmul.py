@@ -36,6 +36,9 @@ from .simd import (
 )
 
 TILE_ROWS, TILE_TOKENS = 4, 4
+# Rows read side by side for a single token: the hardware prefetcher follows four long rows by itself, but not eight;
+# short rows of blocks want eight, and their next tile prefetched by hand.
+TALL_FLOAT_ROWS, TALL_BLOCK_ROWS = 4, 8
 ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
 GROUP = max(LANES // 8, 1)  # blocks whose bytes fill a vector
 
@@ -50,7 +53,6 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     w, w_stride, x, x_stride, K, out, out_stride = args
     rows = [b.add(w, b.mul(w_stride, i64(r))) for r in range(R)]
     tokens = [b.add(x, b.mul(x_stride, i64(c))) for c in range(C)]
-    ahead = b.mul(w_stride, i64(R))
     size = ITEM_NBYTES[dtype]
     num_vectors = b.sdiv(K, i64(LANES))
 
@@ -59,8 +61,6 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
         xs = [llvm_load_float(b, "f32", b.add(t, x_at), LANES) for t in tokens]
         new = []
         for r in range(R):
-            if C == 1:
-                prefetch(b, b.add(rows[r], b.add(w_at, ahead)))
             wv = llvm_load_float(b, dtype, b.add(rows[r], w_at), LANES)
             new += [llvm_fma(b, wv, xs[c], acc[r * C + c]) for c in range(C)]
         return new
@@ -227,14 +227,15 @@ def _tile(dtype: str, R: int, C: int) -> Any:
 def make(dtype: str) -> tuple[Callable, tuple]:
     """matmul(w, w_stride, rows, x, x_stride, tokens, K, out, out_stride); strides in bytes, out f32."""
     R, C = TILE_ROWS, TILE_TOKENS
-    wide, tall, narrow, single = _tile(dtype, R, C), _tile(dtype, 2 * R, 1), _tile(dtype, 1, C), _tile(dtype, 1, 1)
+    S = TALL_FLOAT_ROWS if dtype in ITEM_NBYTES else TALL_BLOCK_ROWS
+    wide, tall, narrow, single = _tile(dtype, R, C), _tile(dtype, S, 1), _tile(dtype, 1, C), _tile(dtype, 1, 1)
 
     @njit
     def few_tokens(w, w_stride, rows, x, x_stride, K, out, out_stride):
         r = 0
-        while r + 2 * R <= rows:
+        while r + S <= rows:
             tall(w + r * w_stride, w_stride, x, x_stride, K, out + 4 * r, out_stride)
-            r += 2 * R
+            r += S
         while r < rows:
             single(w + r * w_stride, w_stride, x, x_stride, K, out + 4 * r, out_stride)
             r += 1
