@@ -44,7 +44,7 @@ def kernel(a, team, thread):
     up_x = prepared(team, split, a.D, a.up_dtype)
     gate = team.private + thread * team.private_nbytes
     up = gate + 4 * ROW_BLOCK * TOKEN_TILE
-    block = rows_per_block(a.D, a.gate_dtype)
+    block = rows_per_block(team, a.F, a.D, a.gate_dtype, a.T)
     row_blocks = (a.F + block - 1) // block
     token_tiles = (a.T + TOKEN_TILE - 1) // TOKEN_TILE
     item = take(team, 1)

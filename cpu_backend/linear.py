@@ -9,12 +9,17 @@ from .layout import dtype_row_nbytes
 from .rms_norm import add_row
 from .simd import call_address, i64_at
 from .sync import barrier, take
-from .workspace import ROW_BLOCK, ROW_BLOCK_NBYTES, TOKEN_TILE
+from .workspace import FEW_TOKENS, FEW_TOKENS_ROWS, ROW_BLOCK, ROW_BLOCK_NBYTES, SHARES, TOKEN_TILE
 
 
 @njit
-def rows_per_block(K, dtype):
-    """Weight rows a thread takes at a time: as many as stay in its L2 cache while tile after tile of tokens passes."""
+def rows_per_block(team, N, K, dtype, T):
+    """Weight rows a thread takes at a time: as many as stay in its L2 cache while tile after tile of tokens passes.
+
+    Few tokens read them once: then a thread takes a long run, which memory delivers faster, and few runs end together.
+    """
+    if T <= FEW_TOKENS:
+        return min(FEW_TOKENS_ROWS, max(8, N // (SHARES * team.num_threads) // 8 * 8))
     return min(ROW_BLOCK, max(8, ROW_BLOCK_NBYTES // dtype_row_nbytes(dtype, K) // 8 * 8))
 
 
@@ -33,7 +38,7 @@ def kernel(a, team, thread):
     x = prepare_rows(team, a.x, a.T, a.K, a.weight_dtype, team.shared)
     barrier(team)
     buffer = team.private + thread * team.private_nbytes
-    block = rows_per_block(a.K, a.weight_dtype)
+    block = rows_per_block(team, a.N, a.K, a.weight_dtype, a.T)
     row_blocks = (a.N + block - 1) // block
     token_tiles = (a.T + TOKEN_TILE - 1) // TOKEN_TILE
     item = take(team, 1)

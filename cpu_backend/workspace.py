@@ -9,6 +9,9 @@ from collections.abc import Mapping
 
 ROW_BLOCK = 64  # weight rows a thread takes at a time, at most,
 ROW_BLOCK_NBYTES = 256 << 10  # and their bytes: they are read again for every few tokens
+FEW_TOKENS = 8  # so few read the rows about once; a thread then takes up to
+FEW_TOKENS_ROWS = 512  # rows (times FEW_TOKENS they fill the private buffer)
+SHARES = 4  # or 1 / SHARES of its part of the matrix
 TOKEN_TILE = 64  # tokens multiplied with a block of rows at a time
 SPAN = 512  # context tokens of one partial attention result; fixed, so that results do not depend on the split
 SCORE_BLOCK = 64  # context tokens between two updates of the running softmax
