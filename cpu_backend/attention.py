@@ -21,6 +21,7 @@ from .simd import (
     lane0,
     load_f32,
     put_f32,
+    ramp,
     splat,
     store_f32,
     vexp,
@@ -59,6 +60,33 @@ def load_queries(q, stride, tokens, heads, Dh, scale, out):
     for t in range(tokens):
         for k in range(heads * Dh):
             put_f32(out + 4 * (t * heads * Dh + k), f32_at(q + t * stride + 4 * k) * scale)
+
+
+@njit
+def alibi_slope(head, num_heads, max_bias):
+    """The slope of a query head: `alibi_slopes` in gllm_driver/ops/_attention.py."""
+    n = 1
+    while 2 * n <= num_heads:
+        n *= 2
+    steps = 2 * (head + 1)
+    if head >= n:
+        steps = 2 * (head - n) + 1
+    share = types.float32(steps) / types.float32(2 * n)
+    return exp(types.float32(-0.6931471805599453) * max_bias * share)
+
+
+@njit
+def _add_alibi(scores, rows, heads, first_head, num_heads, max_bias, first, p0):
+    """Add slope · (key position − query position) to scores [rows, SCORE_BLOCK] of the keys from `first` on.
+
+    Taken from the distance, which f32 holds exactly up to 2**24, and not from the position.
+    """
+    for r in range(rows):
+        slope = splat(alibi_slope(first_head + r % heads, num_heads, max_bias))
+        for k in range(0, SCORE_BLOCK, LANES):
+            distance = splat(types.float32(first + k - (p0 + r // heads))) + ramp()
+            s = scores + 4 * (r * SCORE_BLOCK + k)
+            store_f32(s, fma(slope, distance, load_f32(s)))
 
 
 @njit
@@ -158,6 +186,8 @@ def attend_span(team, a, sequence, head, q, tokens, heads, p0, start, stop, m, l
                 (k, row_nbytes, count, q, 4 * a.Dh, rows, a.Dh, scores + 4 * (position - first), 4 * SCORE_BLOCK),
             )
             position += count
+        if a.alibi_max_bias > 0:
+            _add_alibi(scores, rows, heads, head * heads, a.QD // a.Dh, a.alibi_max_bias, first, p0)
         _softmax_rows(scores, rows, heads, first, n, p0, a.window, m, l, o, a.Dh)
         _weigh_values(team, a, sequence, head, scores, tokens, heads, first, n, p0, o)
         first += n

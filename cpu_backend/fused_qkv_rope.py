@@ -17,21 +17,21 @@ from .workspace import TOKEN_TILE
 
 
 @njit
-def norm_rows(team, x, weight, T, D, eps, dtype1, dtype2, dtype3):
+def norm_rows(team, a, dtype1, dtype2, dtype3):
     """Normalize x [T, D] into shared scratch as f32 rows, and behind them as byte rows if a weight dtype wants those.
 
     Returns the address of the byte rows. A barrier must follow before the rows are read.
     """
-    float_nbytes = row_nbytes(D, 0)
-    byte_nbytes = row_nbytes(D, FIRST_BLOCK_DTYPE)
-    split = team.shared + T * float_nbytes
+    float_nbytes = row_nbytes(a.D, 0)
+    byte_nbytes = row_nbytes(a.D, FIRST_BLOCK_DTYPE)
+    split = team.shared + a.T * float_nbytes
     bytes_wanted = max(dtype1, max(dtype2, dtype3)) >= FIRST_BLOCK_DTYPE
     t = take(team, 1)
-    while t < T:
+    while t < a.T:
         row = team.shared + t * float_nbytes
-        normalize(x + 4 * t * D, weight, D, eps, row)
+        normalize(a.x + 4 * t * a.D, a.norm, a.norm_bias, a.D, a.eps, a.center, row)
         if bytes_wanted:
-            quantize_row(row, D, split + t * byte_nbytes)
+            quantize_row(row, a.D, split + t * byte_nbytes)
         t = take(team, 1)
     return split
 
@@ -58,7 +58,7 @@ def rotate(x, cos_sin, R, style):
 
 
 def kernel(a, team, thread):
-    split = norm_rows(team, a.x, a.norm, a.T, a.D, a.eps, a.wq_dtype, a.wk_dtype, a.wv_dtype)
+    split = norm_rows(team, a, a.wq_dtype, a.wk_dtype, a.wv_dtype)
     barrier(team)
     buffer = team.private + thread * team.private_nbytes
     q_heads = a.QD // a.Dh
@@ -80,7 +80,7 @@ def kernel(a, team, thread):
             if bias != 0:
                 add_row(y, bias + 4 * first, a.Dh, y)
             if norm != 0:
-                normalize(y, norm, a.Dh, a.qk_eps, y)
+                normalize(y, norm, 0, a.Dh, a.qk_eps, 0, y)
             if part != 1:
                 rotate(y, a.cos_sin + 8 * (token + t) * a.R, a.R, a.rope_style)
             if part < 0:

@@ -11,8 +11,36 @@ from .sync import take
 
 
 @njit
-def normalize(x, weight, D, eps, out):
-    """out = x / sqrt(mean(x²) + eps) · weight, all f32 [D]."""
+def subtract_mean(x, D, out):
+    """out = x − mean(x), both f32 [D]; out may be x."""
+    acc = splat(types.float32(0.0))
+    k = 0
+    while k + LANES <= D:
+        acc = acc + load_f32(x + 4 * k)
+        k += LANES
+    total = hsum(acc)
+    while k < D:
+        total += f32_at(x + 4 * k)
+        k += 1
+    mean = total / types.float32(D)
+    k = 0
+    while k + LANES <= D:
+        store_f32(out + 4 * k, load_f32(x + 4 * k) - splat(mean))
+        k += LANES
+    while k < D:
+        put_f32(out + 4 * k, f32_at(x + 4 * k) - mean)
+        k += 1
+
+
+@njit
+def normalize(x, weight, bias, D, eps, center, out):
+    """out = x / sqrt(mean(x²) + eps) · weight + bias, all f32 [D]; bias may be 0, out may be x.
+
+    With `center` x − mean(x) stands for x.
+    """
+    if center != 0:
+        subtract_mean(x, D, out)
+        x = out
     acc = splat(types.float32(0.0))
     k = 0
     while k + LANES <= D:
@@ -32,6 +60,8 @@ def normalize(x, weight, D, eps, out):
     while k < D:
         put_f32(out + 4 * k, f32_at(x + 4 * k) * inverse * f32_at(weight + 4 * k))
         k += 1
+    if bias != 0:
+        add_row(out, bias, D, out)
 
 
 @njit
@@ -56,5 +86,5 @@ def kernel(a, team, thread):
         x = a.x + row * nbytes
         if a.residual != 0:
             add_row(x, a.residual + row * nbytes, a.D, x)
-        normalize(x, a.weight, a.D, a.eps, a.out + s * nbytes)
+        normalize(x, a.weight, a.bias, a.D, a.eps, a.center, a.out + s * nbytes)
         s = take(team, 1)

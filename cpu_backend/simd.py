@@ -245,6 +245,23 @@ def vmax(typingctx: Any, x: Any, y: Any) -> Any:
 
 
 @intrinsic
+def choose_negative(typingctx: Any, x: Any, negative: Any, other: Any) -> Any:
+    """Lane by lane `negative` where x < 0, else `other`."""
+
+    def codegen(c: Any, b: Any, s: Any, a: Any) -> Any:
+        zero = ir.Constant(vf32.llvm, [0.0] * LANES)
+        return b.select(b.fcmp_ordered("<", a[0], zero), a[1], a[2])
+
+    return vf32(vf32, vf32, vf32), codegen
+
+
+@intrinsic
+def ramp(typingctx: Any) -> Any:
+    """0, 1, 2, … in the lanes."""
+    return vf32(), lambda c, b, s, a: ir.Constant(vf32.llvm, [float(lane) for lane in range(LANES)])
+
+
+@intrinsic
 def hmax(typingctx: Any, x: Any) -> Any:
     """Greatest lane."""
 

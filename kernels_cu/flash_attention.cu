@@ -18,6 +18,7 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   constexpr int kKeys = Shape::kKeys, kThreads = Shape::kThreads, kBlocks = Shape::kBlocks;
   DYN_SHARED(unsigned char, shared);
   SHARED(int64_t, located, 2 * kKeys);  // where the keys of this tile and the next are; -1: no row sees it
+  SHARED(float, slopes, Shape::kRows);
   H *const queries = reinterpret_cast<H *>(shared);                // [kRows]
   H *const ring = queries + Shape::kRows * Tile::kStride;          // [kStages][keys, values][kKeys]
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, heads = heads_per_kv(a);
@@ -68,6 +69,10 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
     store16(queries + Tile::at(r, chunk),
             make_uint4(pack_pair<H>(q[0], q[1]), pack_pair<H>(q[2], q[3]), pack_pair<H>(q[4], q[5]), pack_pair<H>(q[6], q[7])));
   }
+  const bool has_alibi = a.alibi_max_bias > 0;
+  if (has_alibi) {
+    for (int r = tid; r < Shape::kRows; r += kThreads) slopes[r] = alibi_slope(a, kv_head * heads + (tile.first + r) % heads);
+  }
   __syncthreads();
   load(begin);
   cp_async_commit();
@@ -109,8 +114,9 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
     const H *const keys = ring + begin / kKeys % 2 * 2 * Shape::kTile, *const values = keys + Shape::kTile;
     float s[kBlocks][kKeys / 8][4] = {};
     state.score(queries + warp_row * Tile::kStride, keys, s);
+    if (has_alibi) state.add_alibi(begin, scale, slopes + warp_row, s);
     if (begin < all.begin || begin + kKeys > all.end) state.mask(begin, s);
-    state.soften(scale, s);
+    state.soften(has_alibi ? 1.0f : scale, s);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; k++) {
       const int first_key = begin + k * 16;
@@ -173,7 +179,7 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   const int position = static_cast<int>(a.positions[token]);
   const HeadGroup group(a, blockIdx.y);
   const WarpParts<kRowsWarps> parts(shared);
-  attend_rows<kPerLane>(a, sequence, group, token, {visible_begin(a, position), position + 1}, parts);
+  attend_rows<kPerLane>(a, sequence, group, token, position, {visible_begin(a, position), position + 1}, parts);
   __syncthreads();
   store_parts<kRowsWarps>(a, parts, group, token, Partials(a, nullptr, 1), 0, 0, true);
 }

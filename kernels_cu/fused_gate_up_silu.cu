@@ -1,53 +1,81 @@
 // fused_gate_up_silu - out = act(h . gate^T + gate_bias) * (h . up^T + up_bias), h = rms_norm(x): nothing between is stored.
 //
-// A unit is eight rows of gate and the same eight of up, so one thread holds both sides of every product.
+// A unit is eight rows of gate and the same eight of up, so one thread holds both sides of every product. Without a gate
+// out = act(h . up^T + up_bias), and a unit is sixteen rows of up.
 #include "common/gemv.cuh"
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
 #include "generated/fused_gate_up_silu_args.h"
 
-// SiLU x * sigmoid(x), or GELU in its tanh form: x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3).
+// SiLU x * sigmoid(x), GELU in its tanh form x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3), or GELU x * Phi(x):
+// Phi(-|x|) = erfc(z) / 2 at z = |x| / sqrt(2), and erfc(z) = t * exp(p(t) - z^2), t = 1 / (1 + z / 2), with a polynomial
+// fitted to its logarithm within 1e-7. All take one exponential.
 __device__ __forceinline__ float activate(float x, int activation) {
-  const float u = activation == 1 ? 1.5957691216057308f * (x + 0.044715f * x * x * x) : x;
-  return x / (1.f + expf(-u));
+  const float z = fabsf(x) * 0.70710678118654752f, t = 1.f / fmaf(z, 0.5f, 1.f);
+  float exponent = -x;
+  if (activation == 1) exponent = -1.5957691216057308f * (x + 0.044715f * x * x * x);
+  if (activation == 2) {
+    float p = 0.17087277767190606f;
+    p = fmaf(p, t, -0.8221522343878044f);
+    p = fmaf(p, t, 1.4885158891658385f);
+    p = fmaf(p, t, -1.1352040002836414f);
+    p = fmaf(p, t, 0.27886808440445215f);
+    p = fmaf(p, t, -0.18628806164136785f);
+    p = fmaf(p, t, 0.09678418948395508f);
+    p = fmaf(p, t, 0.3740919597194165f);
+    p = fmaf(p, t, 1.00002368015776f);
+    p = fmaf(p, t, -1.265512225141606f);
+    exponent = p - z * z;
+  }
+  const float e = expf(exponent), tail = 0.5f * t * e;
+  if (activation == 2) return x * (x < 0 ? tail : 1.f - tail);
+  return x / (1.f + e);
 }
 
 struct GateUp {
   static constexpr int kUnit = 2;
   static constexpr bool kNorm = true;
   const FusedGateUpSiluArgs &a;
-  const float *x, *norm;
+  const float *x;
   const int T, K;
-  const float eps;
+  const RowNorm norm;
 
-  __device__ __forceinline__ explicit GateUp(const FusedGateUpSiluArgs &args) : a(args), x(args.x), norm(args.norm), T(args.T), K(args.D), eps(args.eps) {}
+  __device__ __forceinline__ explicit GateUp(const FusedGateUpSiluArgs &args) : a(args), x(args.x), T(args.T), K(args.D), norm(args) {}
 
-  __device__ __forceinline__ int num_units() const { return ceil_div(a.F, kTileRows); }
+  __device__ __forceinline__ bool is_gated() const { return a.gate != nullptr; }
+  __device__ __forceinline__ int num_units() const { return ceil_div(a.F, is_gated() ? kTileRows : 2 * kTileRows); }
 
   template <class D>
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
+    if (!is_gated()) return {a.up, index * kTileRows, 1, a.F, K};
     return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
   }
 
-  __device__ __forceinline__ void put(int token, int f, float gate, float up) const {
-    if (a.gate_bias != nullptr) gate += a.gate_bias[f], up += a.up_bias[f];
-    a.out[static_cast<int64_t>(token) * a.F + f] = activate(gate, a.activation) * up;
+  // `value` is what is activated: the gate's where there is one.
+  __device__ __forceinline__ void put(int token, int f, float value, float up) const {
+    if (f >= a.F) return;
+    const float *bias = is_gated() ? a.gate_bias : a.up_bias;
+    if (bias != nullptr) value += bias[f];
+    value = activate(value, a.activation);
+    if (is_gated()) value *= a.up_bias != nullptr ? up + a.up_bias[f] : up;
+    a.out[static_cast<int64_t>(token) * a.F + f] = value;
   }
 
   template <class D>
   __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2]) const {
-    const int f = unit * kTileRows + r;
-    if (f < a.F) put(token, f, values[0], values[1]);
+    const int outputs = is_gated() ? 1 : 2;
+#pragma unroll 1
+    for (int i = 0; i < outputs; i++) put(token, (unit * outputs + i) * kTileRows + r, i == 0 ? values[0] : values[1], values[1]);
   }
 
   __device__ __forceinline__ void plain(int f, const float *rows, int first, int tokens) const {
     float gate[kPlainTokens], up[kPlainTokens];
-    plain_row(a.gate, a.gate_dtype, f, rows, tokens, K, gate);
     plain_row(a.up, a.up_dtype, f, rows, tokens, K, up);
+    if (is_gated()) plain_row(a.gate, a.gate_dtype, f, rows, tokens, K, gate);
 #pragma unroll
     for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) put(first + t, f, gate[t], up[t]);
+      if (t < tokens && threadIdx.x % 32 == t) put(first + t, f, is_gated() ? gate[t] : up[t], up[t]);
     }
   }
 };
@@ -60,10 +88,10 @@ struct GateUp {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, true>(a.x, a.norm, a.T, a.D, a.eps, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32, void *scratch) { normalize_row(a.x, a.norm, a.D, a.eps, static_cast<float *>(scratch)); }
+KERNEL((kRowThreads), rows_f32, void *scratch) { normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 
 #define MMA(name, Type, tokens, rows, ...)                                              \
   KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \

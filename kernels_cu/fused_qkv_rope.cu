@@ -18,14 +18,14 @@ struct Qkv {
   static constexpr int kUnit = 2;
   static constexpr bool kNorm = true;
   const FusedQkvRopeArgs &a;
-  const float *x, *norm;
+  const float *x;
   const int T, K;
-  const float eps;
+  const RowNorm norm;
   float *const raw;   // [T, 2 KD]
   const bool rotates;  // whether the epilogue finishes the job; gllm_driver/launch/fused_qkv_rope.py decides alike
 
   __device__ __forceinline__ Qkv(const FusedQkvRopeArgs &args, void *scratch)
-      : a(args), x(args.x), norm(args.norm), T(args.T), K(args.D), eps(args.eps), raw(static_cast<float *>(scratch)),
+      : a(args), x(args.x), T(args.T), K(args.D), norm(args), raw(static_cast<float *>(scratch)),
         rotates(args.q_norm == nullptr && args.R % 8 == 0 && args.Dh % kUnitRows == 0) {}
 
   __device__ __forceinline__ void *rows_scratch() const {
@@ -167,10 +167,10 @@ struct Qkv {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name) { prepare_row<Half, true>(a.x, a.norm, a.T, a.D, a.eps, Qkv(a, scratch).rows_scratch()); }
+  KERNEL((kRowThreads), rows_##name) { prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32) { normalize_row(a.x, a.norm, a.D, a.eps, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
+KERNEL((kRowThreads), rows_f32) { normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
   KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \

@@ -11,9 +11,9 @@ struct Linear {
   static constexpr int kUnit = 1;
   static constexpr bool kNorm = false;
   const LinearArgs &a;
-  const float *x, *norm = nullptr;
+  const float *x;
   const int T, K;
-  const float eps = 0;
+  const RowNorm norm;
 
   __device__ __forceinline__ explicit Linear(const LinearArgs &args) : a(args), x(args.x), T(args.T), K(args.K) {}
 
@@ -55,7 +55,7 @@ struct Linear {
 GEMV_VARIANTS(GEMV)
 
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, false>(a.x, nullptr, a.T, a.K, 0.f, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, false>(a.x, RowNorm(), a.T, a.K, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 

@@ -34,8 +34,8 @@ class Shape:
 
     @property
     def static_smem_nbytes(self) -> int:
-        """`located`."""
-        return 2 * self.keys * 8
+        """`located` and `slopes`."""
+        return 2 * self.keys * 8 + self.rows * 4
 
 
 SHAPES = (

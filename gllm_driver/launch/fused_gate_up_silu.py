@@ -17,12 +17,12 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     T, D, F = int(a["T"]), int(a["D"]), int(a["F"])
     if not T or not F:
         return []
-    weights = [(dtypes[name], int(a[name])) for name in ("gate", "up")]
-    (dtype, _), (up_dtype, _) = weights
-    if dtype != up_dtype or not products.on_tensor_cores(weights, D, device):
+    weights = [(dtypes[name], int(a[name])) for name in ("gate", "up") if name in dtypes]
+    dtype = dtypes["up"]
+    if dtypes.get("gate", dtype) != dtype or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, F, scratch)]
-    units = ceil_div(F, products.TILE_ROWS)
+    units = ceil_div(F, products.TILE_ROWS * (1 if "gate" in dtypes else 2))
     if T <= products.MAX_GEMV_TOKENS:
         return [products.gemv(OP, dtype, T, D, units, 2, device, deterministic)]
     scratch = products.prepared_nbytes(T, D)

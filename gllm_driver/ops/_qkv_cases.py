@@ -29,6 +29,8 @@ def _case(
     style: int = 0,
     bias: bool = False,
     qk_norm: bool = False,
+    center: bool = False,
+    norm_bias: bool = False,
     shuffled: bool = False,
     factors: tuple[float, float] = (1.0, 1.0),
     storage: Mapping[str, tuple[str, ...]] | None = None,
@@ -63,9 +65,11 @@ def _case(
     }
     if bias:
         arrays |= {"bq": normal(g, QD), "bk": normal(g, KD), "bv": normal(g, KD)}
+    if norm_bias:
+        arrays["norm_bias"] = normal(g, hidden)
     if qk_norm:
         arrays |= {"q_norm": normal(g, head_dim), "k_norm": normal(g, head_dim)}
-    scalars = {"layer": layer, "rope_style": style, "eps": 1e-5, "qk_eps": 1e-6}
+    scalars = {"layer": layer, "rope_style": style, "eps": 1e-5, "qk_eps": 1e-6, "center": int(center)}
     return Case(label, arrays, scalars, storage or {})
 
 
@@ -81,6 +85,12 @@ def cases() -> Iterator[Case]:
     yield _case("bias", bias=True, hidden=100, chunks=DECODE)
     yield _case("qk-norm", qk_norm=True, hidden=100, chunks=DECODE, head_dim=33, pairs=16)
     yield _case("no-rotation", pairs=0)
+    for chunks, name in ((PREFILL, "prefill"), (DECODE, "decode"), ([Chunk(70, 5)], "long")):
+        yield _case(f"center-{name}", chunks=chunks, center=True, pairs=0, head_dim=16, hidden=96)
+        yield _case(f"center-bias-{name}", chunks=chunks, center=True, norm_bias=True, bias=True, pairs=0, hidden=100)
+        special = _case(f"center-nan-inf-{name}", chunks=chunks, center=True, norm_bias=True, pairs=0, head_dim=16)
+        special.arrays["x"][0, 63], special.arrays["x"][-1, 0] = np.nan, np.inf
+        yield special
     yield _case("mqa", heads=8, kv_heads=1, head_dim=16, pairs=8)
     yield _case("mha", heads=3, kv_heads=3, page_size=1)
     yield _case("layer-2-of-4", layers=(4, 2), page_size=16)

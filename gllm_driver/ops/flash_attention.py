@@ -30,6 +30,7 @@ SCALARS = (
     Scalar("layer", "i32", 0),
     Scalar("window", "i32", 0, default=0, doc="sliding window in tokens, the query itself included; 0 is unlimited"),
     Scalar("scale", "f32", 0.0, doc="factor on q·k, normally head_dim^-0.5"),
+    Scalar("alibi_max_bias", "f32", 0.0, 1000.0, default=0.0, doc="of the slopes (ops/_attention.py); 0 is no bias"),
 )
 RULES = (
     Rule(lambda v: v["layer"] < v["L"], "layer is a layer of the cache"),
@@ -56,16 +57,18 @@ def cases() -> Iterator[Case]:
         for window in (0, 8):
             yield attention_case("flash_attention", f"{label}-{window}", chunks, window=window, page_size=16)[0]
     yield from shared_cases("flash_attention", [Chunk(3), Chunk(14, 19), Chunk(1, 2)])
-    for window in (0, 100, 257):
-        label = f"long-{window}"
-        yield attention_case("flash_attention", label, [Chunk(70, 600), Chunk(150)], page_size=16, window=window)[0]
+    for window, alibi in ((0, 0.0), (100, 0.0), (257, 0.0), (0, 8.0)):
+        label = f"long-{window}-{alibi:g}"
+        options = {"page_size": 16, "window": window, "alibi": alibi}
+        yield attention_case("flash_attention", label, [Chunk(70, 600), Chunk(150)], **options)[0]  # type: ignore[arg-type]
 
 
 CONTRACT = Contract(
     name="flash_attention",
     doc=(
         "Query t of sequence s at position p sees the cached tokens max(0, p − window + 1) … p of s. Query head h "
-        "reads KV head h / (heads per KV head). out = softmax(scale · q·Kᵀ) · V."
+        "reads KV head h / (heads per KV head). out = softmax(scale · q·Kᵀ + bias) · V, where bias is the head's "
+        "ALiBi slope times (key position − query position)."
     ),
     dims={**DIMS, "S1": "sequences + 1"},
     arrays=(

@@ -1,7 +1,11 @@
-"""fused_gate_up_silu: norm, gate and up projections, activation, product (SwiGLU / GeGLU, Shazeer 2020)."""
+"""fused_gate_up_silu: norm, gate and up projections, activation, product (SwiGLU / GeGLU, Shazeer 2020).
+
+Without a gate it is the first half of a plain feed-forward network: norm, projection, activation.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -10,9 +14,9 @@ from ..types import FLOAT_DTYPES, WEIGHT_DTYPES
 from ._case_tools import normal, rng
 from .contract import Array, Case, Contract, Rule, Scalar
 from .linear import Activation, project, unchanged
-from .rms_norm import normalize
+from .rms_norm import CENTER, normalize
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -26,14 +30,22 @@ def gelu_tanh(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def gelu(x: np.ndarray) -> np.ndarray:
+    """x · Φ(x), Φ being the normal distribution function (Hendrycks & Gimpel 2016)."""
+    with np.errstate(invalid="ignore"):
+        return 0.5 * x * np.vectorize(math.erfc, otypes=[np.float64])(-x / math.sqrt(2))
+
+
 def reference(
     arrays: Mapping[str, np.ndarray], scalars: Mapping[str, float], activation: Activation = unchanged
 ) -> dict[str, np.ndarray]:
     """The definition, op by op."""
-    h = normalize(arrays["x"], arrays["norm"], scalars["eps"])
-    gate = project(activation("gate", h), arrays["gate"], arrays.get("gate_bias", 0.0))
+    h = normalize(arrays["x"], arrays["norm"], scalars["eps"], scalars.get("center", 0), arrays.get("norm_bias", 0.0))
+    act = (silu, gelu_tanh, gelu)[int(scalars["activation"])]
     up = project(activation("up", h), arrays["up"], arrays.get("up_bias", 0.0))
-    return {"out": (silu, gelu_tanh)[int(scalars["activation"])](gate) * up}
+    if "gate" not in arrays:
+        return {"out": act(up)}
+    return {"out": act(project(activation("gate", h), arrays["gate"], arrays.get("gate_bias", 0.0))) * up}
 
 
 def cases() -> Iterator[Case]:
@@ -48,6 +60,11 @@ def cases() -> Iterator[Case]:
             if T <= 4:
                 biases = {"gate_bias": normal(g, F), "up_bias": normal(g, F)}
                 yield Case(f"{T}x{D}x{F}-{name}-bias", {**arrays, **biases}, {"eps": 1e-6, "activation": code})
+            plain = {k: v for k, v in arrays.items() if k != "gate"}
+            scalars = {"eps": 1e-5, "activation": code, "center": code % 2}
+            yield Case(f"{T}x{D}x{F}-{name}-no-gate", plain, scalars)
+            biases = {"norm_bias": normal(g, D), "up_bias": normal(g, F)}
+            yield Case(f"{T}x{D}x{F}-{name}-no-gate-bias", {**plain, **biases}, {**scalars, "center": 1})
     for T in (1, 6, 40):
         yield from _value_cases(T)
 
@@ -69,6 +86,12 @@ def _value_cases(T: int) -> Iterator[Case]:
         yield Case(f"large-gate-{name}-{T}", {**plain, "gate": gate * 1e5}, scalars)
         yield Case(f"large-up-{name}-{T}", {**plain, "up": up * 1e5}, scalars)
         yield Case(f"nan-inf-x-{name}-{T}", {**plain, "x": special}, scalars)
+        layer_norm = {**plain, "x": special, "norm_bias": normal(g, 96)}
+        yield Case(f"nan-inf-center-{name}-{T}", layer_norm, {**scalars, "center": 1})
+        del layer_norm["gate"]
+        wide = {**layer_norm, "x": x, "up": up * 1e5}
+        yield Case(f"large-no-gate-{name}-{T}", wide, {**scalars, "center": 1})
+        yield Case(f"zero-no-gate-{name}-{T}", {**wide, "up": up * 0, "up_bias": normal(g, 19)}, scalars)
         yield Case(f"nan-weights-{name}-{T}", {**plain, "gate": nan_gate, "up": nan_up}, scalars, storage=floats)
     for mixed in (("q8_0", "q4_0"), ("q4_0", "f16"), ("bf16", "f32")):
         storage = {"gate": mixed[:1], "up": mixed[1:]}
@@ -77,12 +100,16 @@ def _value_cases(T: int) -> Iterator[Case]:
 
 CONTRACT = Contract(
     name="fused_gate_up_silu",
-    doc="h = rms_norm(x, norm); out = act(h·gateᵀ + gate_bias) · (h·upᵀ + up_bias), act being SiLU or tanh-GELU.",
+    doc=(
+        "h = rms_norm(x, norm, norm_bias); out = act(h·gateᵀ + gate_bias) · (h·upᵀ + up_bias), or act(h·upᵀ + up_bias) "
+        "without a gate, act being SiLU, GELU in its tanh form, or GELU."
+    ),
     dims={"T": "tokens", "D": "hidden size", "F": "intermediate size"},
     arrays=(
         Array("x", ("T", "D")),
         Array("norm", ("D",)),
-        Array("gate", ("F", "D"), WEIGHT_DTYPES),
+        Array("norm_bias", ("D",), optional=True),
+        Array("gate", ("F", "D"), WEIGHT_DTYPES, optional=True),
         Array("up", ("F", "D"), WEIGHT_DTYPES),
         Array("gate_bias", ("F",), optional=True),
         Array("up_bias", ("F",), optional=True),
@@ -91,9 +118,15 @@ CONTRACT = Contract(
     scalars=(
         Scalar("eps", "f32", 0.0, 1.0),
         Scalar("activation", "i32", 0, len(ACTIVATIONS) - 1, doc="index into ACTIVATIONS"),
+        CENTER,
     ),
     constants={name: code for code, name in enumerate(ACTIVATIONS)},
-    rules=(Rule(lambda v: v["has_gate_bias"] == v["has_up_bias"], "gate_bias and up_bias come together"),),
+    rules=(
+        Rule(
+            lambda v: not v["has_gate"] or v["has_gate_bias"] == v["has_up_bias"], "gate_bias and up_bias come together"
+        ),
+        Rule(lambda v: v["has_gate"] or not v["has_gate_bias"], "a gate_bias needs a gate"),
+    ),
     reference=reference,
     cases=cases,
 )

@@ -10,7 +10,7 @@ from ..types import FLOAT_DTYPES, WEIGHT_DTYPES
 from ._qkv_cases import cases
 from .contract import Array, Contract, Rule, Scalar
 from .linear import Activation, project, unchanged
-from .rms_norm import normalize
+from .rms_norm import CENTER, normalize
 
 INTERLEAVED = 1  # pairs (0, 1), (2, 3), …; otherwise NeoX: pairs (i, i + rotary_dim / 2)
 
@@ -32,7 +32,7 @@ def reference(
     """q [T, QD] and the cache after the step, op by op."""
     kv, positions, style = arrays["kv"].copy(), arrays["positions"], int(scalars["rope_style"])
     page_size, head_dim = kv.shape[4:]
-    h = normalize(arrays["x"], arrays["norm"], scalars["eps"])
+    h = normalize(arrays["x"], arrays["norm"], scalars["eps"], scalars.get("center", 0), arrays.get("norm_bias", 0.0))
 
     def heads_of(name: str) -> np.ndarray:
         rows = project(activation(f"w{name}", h), arrays[f"w{name}"], arrays.get(f"b{name}", 0.0))
@@ -54,9 +54,9 @@ def reference(
 CONTRACT = Contract(
     name="fused_qkv_rope",
     doc=(
-        "h = rms_norm(x, norm); q, k, v = h·wqᵀ + bq, h·wkᵀ + bk, h·wvᵀ + bv; optional RMSNorm over each q and k head; "
-        "the first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token t go to slot "
-        "positions[t] of its sequence: page page_table[seq[t], pos / P], row pos % P."
+        "h = rms_norm(x, norm, norm_bias); q, k, v = h·wqᵀ + bq, h·wkᵀ + bk, h·wvᵀ + bv; optional RMSNorm over "
+        "each q and k head; the first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token t "
+        "go to slot positions[t] of its sequence: page page_table[seq[t], pos / P], row pos % P."
     ),
     dims={
         "T": "tokens",
@@ -75,6 +75,7 @@ CONTRACT = Contract(
     arrays=(
         Array("x", ("T", "D")),
         Array("norm", ("D",)),
+        Array("norm_bias", ("D",), optional=True),
         Array("wq", ("QD", "D"), WEIGHT_DTYPES),
         Array("wk", ("KD", "D"), WEIGHT_DTYPES),
         Array("wv", ("KD", "D"), WEIGHT_DTYPES),
@@ -95,6 +96,7 @@ CONTRACT = Contract(
         Scalar("rope_style", "i32", 0, INTERLEAVED, doc="0 NeoX, 1 interleaved"),
         Scalar("eps", "f32", 0.0, 1.0),
         Scalar("qk_eps", "f32", 0.0, 1.0, default=0.0),
+        CENTER,
     ),
     constants={"INTERLEAVED": INTERLEAVED},
     rules=(

@@ -30,9 +30,10 @@ def cases() -> Iterator[Case]:
             yield attention_case("paged_attention", label, chunks, window=window, page_size=16)[0]
     yield from shared_cases("paged_attention", [Chunk(1, 3), Chunk(1, 33), Chunk(1), Chunk(1, 20)])
     chunks = [Chunk(1, 3000), Chunk(1, 7), Chunk(1, 2047)]
-    for window, page_size in ((0, 16), (1500, 16), (64, 16), (0, 1)):
-        label = f"long-{window}-{page_size}"
-        yield attention_case("paged_attention", label, chunks, window=window, page_size=page_size)[0]
+    for window, page_size, alibi in ((0, 16, 0.0), (1500, 16, 0.0), (64, 16, 0.0), (0, 1, 0.0), (0, 16, 20.0)):
+        options = {"window": window, "page_size": page_size, "alibi": alibi}
+        label = f"long-{window}-{page_size}-{alibi:g}"
+        yield attention_case("paged_attention", label, chunks, **options)[0]  # type: ignore[arg-type]
 
 
 CONTRACT = Contract(

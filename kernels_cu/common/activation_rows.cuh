@@ -16,8 +16,20 @@ constexpr bool kIsBF16<bf16> = true;
 
 constexpr int kRowThreads = 128;  // every kernel reduces a row with as many threads, so all get the same bits
 
-// What turns x[k] into what is multiplied: ((x * factor) * norm[k]) * scale.
+// How rows are normalized: RMSNorm, or LayerNorm where `center` says so. The struct of every op with a norm has these fields.
+struct RowNorm {
+  const float *weight = nullptr, *bias = nullptr;  // bias may be null
+  float eps = 0;
+  bool center = false;
+
+  __device__ __forceinline__ RowNorm() {}
+  template <class Args>
+  __device__ __forceinline__ explicit RowNorm(const Args &a) : weight(a.norm), bias(a.norm_bias), eps(a.eps), center(a.center != 0) {}
+};
+
+// What turns x[k] into what is multiplied: ((x - mean) * factor * weight[k] + bias[k]) * scale.
 struct RowFactors {
+  float mean;     // 0 unless the row is centered
   float factor;   // 1 / rms, or 1 without norm
   float scale;    // a power of two
   float unscale;  // 1 / scale
@@ -32,29 +44,44 @@ __device__ __forceinline__ int scale_exponent(float top) {
 
 __device__ __forceinline__ float power_of_two(int exponent) { return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23); }
 
-// All kRowThreads threads of the block; `scratch` has an entry per warp.
-template <class Half, bool kNorm>
-__device__ __forceinline__ RowFactors row_factors(const float *x, const float *norm, int K, float eps, float *scratch) {
-  float sum = 0, top = 0;
-  for (int k = threadIdx.x; k < K; k += kRowThreads) {
-    const float v = x[k];
-    sum = fmaf(v, v, sum);
-    top = fmaxf(top, finite_magnitude(kNorm ? v * norm[k] : v));
-  }
-  float factor = 1.f;
-  if constexpr (kNorm) factor = 1.f / sqrtf(block_sum<kRowThreads>(sum, scratch) / static_cast<float>(K) + eps);
-  if constexpr (kIsBF16<Half>) {
-    return {factor, 1.f, 1.f};
-  } else {
-    const int exponent = scale_exponent(block_max<kRowThreads>(top, scratch) * factor);
-    return {factor, power_of_two(exponent), power_of_two(-exponent)};
-  }
+template <bool kNorm>
+__device__ __forceinline__ float normalized(const float *x, const RowNorm &norm, int k, float mean, float factor) {
+  if constexpr (!kNorm) return x[k];
+  const float value = (x[k] - mean) * factor * norm.weight[k];
+  return norm.bias != nullptr ? value + norm.bias[k] : value;
 }
 
-template <bool kNorm>
-__device__ __forceinline__ float normalized(const float *x, const float *norm, int k, float factor) {
-  if constexpr (kNorm) return x[k] * factor * norm[k];
-  return x[k];
+// The mean of a row. All kRowThreads threads of the block.
+__device__ __forceinline__ float row_mean(const float *x, int K, float *scratch) {
+  float sum = 0;
+  for (int k = threadIdx.x; k < K; k += kRowThreads) sum += x[k];
+  return block_sum<kRowThreads>(sum, scratch) / static_cast<float>(K);
+}
+
+// All kRowThreads threads of the block; `scratch` has an entry per warp.
+template <class Half, bool kNorm>
+__device__ __forceinline__ RowFactors row_factors(const float *x, const RowNorm &norm, int K, float *scratch) {
+  const float mean = kNorm && norm.center ? row_mean(x, K, scratch) : 0.f;
+  float sum = 0, top = 0;
+  for (int k = threadIdx.x; k < K; k += kRowThreads) {
+    const float v = x[k] - mean;
+    sum = fmaf(v, v, sum);
+    top = fmaxf(top, finite_magnitude(kNorm ? v * norm.weight[k] : v));
+  }
+  float factor = 1.f;
+  if constexpr (kNorm) factor = 1.f / sqrtf(block_sum<kRowThreads>(sum, scratch) / static_cast<float>(K) + norm.eps);
+  if constexpr (kIsBF16<Half>) {
+    return {mean, factor, 1.f, 1.f};
+  } else {
+    if (kNorm && norm.bias != nullptr) {
+      top = 0;
+      for (int k = threadIdx.x; k < K; k += kRowThreads) top = fmaxf(top, finite_magnitude(normalized<kNorm>(x, norm, k, mean, factor)));
+    } else {
+      top *= factor;
+    }
+    const int exponent = scale_exponent(block_max<kRowThreads>(top, scratch));
+    return {mean, factor, power_of_two(exponent), power_of_two(-exponent)};
+  }
 }
 
 // The planes of two neighbouring values, each plane as a word of two 16-bit floats. An infinity or NaN is whole in the
@@ -92,17 +119,17 @@ struct PreparedRows {
 
 // One block per token. An odd one at the end also writes zeros for the token it lacks.
 template <class Half, bool kNorm>
-__device__ __forceinline__ void prepare_row(const float *x, const float *norm, int T, int K, float eps, void *scratch) {
+__device__ __forceinline__ void prepare_row(const float *x, const RowNorm &norm, int T, int K, void *scratch) {
   SHARED(float, reduction, kRowThreads / 32);
   const PreparedRows out(scratch, T, K);
   const int64_t t = blockIdx.x;
   x += t * K;
-  const RowFactors f = row_factors<Half, kNorm>(x, norm, K, eps, reduction);
+  const RowFactors f = row_factors<Half, kNorm>(x, norm, K, reduction);
   auto *words = reinterpret_cast<uint32_t *>(out.pairs + t / 2 * out.pair_nbytes) + t % 2;
   const bool alone = t % 2 == 0 && t + 1 == T;
   for (int k = 2 * threadIdx.x; k < out.pair_nbytes / 4; k += 2 * kRowThreads) {
-    const float lo = k < K ? normalized<kNorm>(x, norm, k, f.factor) * f.scale : 0.f;
-    const float hi = k + 1 < K ? normalized<kNorm>(x, norm, k + 1, f.factor) * f.scale : 0.f;
+    const float lo = k < K ? normalized<kNorm>(x, norm, k, f.mean, f.factor) * f.scale : 0.f;
+    const float hi = k + 1 < K ? normalized<kNorm>(x, norm, k + 1, f.mean, f.factor) * f.scale : 0.f;
     words[k] = pack_pair<Half>(lo, hi);
     if (alone) words[k + 1] = 0;
   }
@@ -110,9 +137,9 @@ __device__ __forceinline__ void prepare_row(const float *x, const float *norm, i
 }
 
 // The same in f32, for the kernels that take any weights: T rows of K, one after another.
-__device__ __forceinline__ void normalize_row(const float *x, const float *norm, int K, float eps, float *out) {
+__device__ __forceinline__ void normalize_row(const float *x, const RowNorm &norm, int K, float *out) {
   SHARED(float, reduction, kRowThreads / 32);
   const int64_t t = blockIdx.x;
-  const RowFactors f = row_factors<bf16, true>(x + t * K, norm, K, eps, reduction);
-  for (int k = threadIdx.x; k < K; k += kRowThreads) out[t * K + k] = normalized<true>(x + t * K, norm, k, f.factor);
+  const RowFactors f = row_factors<bf16, true>(x + t * K, norm, K, reduction);
+  for (int k = threadIdx.x; k < K; k += kRowThreads) out[t * K + k] = normalized<true>(x + t * K, norm, k, f.mean, f.factor);
 }

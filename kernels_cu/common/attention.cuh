@@ -18,6 +18,16 @@ __device__ __forceinline__ float log2_scale(const Args &a) {
   return fmaxf(a.scale * kLog2E, 1.17549435e-38f);
 }
 
+// The slope of a query head's bias, for scores in base 2; 0 where there is none. Attention with linear biases (Press et al.
+// 2022): `alibi_slopes` in gllm_driver/ops/_attention.py. The bias is taken from the distance of query and key, not from
+// the key's position, so that it is exact where it matters.
+template <class Args>
+__device__ __forceinline__ float alibi_slope(const Args &a, int head) {
+  if (a.alibi_max_bias == 0) return 0;
+  const int n = 1 << (31 - __clz(a.QD / a.Dh)), steps = head < n ? 2 * (head + 1) : 2 * (head - n) + 1;
+  return kLog2E * exp2_approx(-a.alibi_max_bias * static_cast<float>(steps) / static_cast<float>(2 * n));
+}
+
 // The first position that a query at `position` sees. Positions fit 32 bits (2^31 cached tokens of one head of dim 64 are
 // 512 GB); addresses do not, and are 64-bit.
 template <class Args>

@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_lane(const void *row, int dtype, int lane, 
 }
 
 template <int kPerLane, class Args>
-__device__ __forceinline__ void attend_rows(const Args &a, int sequence, const HeadGroup &group, int64_t token, KeyRange keys,
+__device__ __forceinline__ void attend_rows(const Args &a, int sequence, const HeadGroup &group, int64_t token, int position, KeyRange keys,
                                             const WarpParts<kRowsWarps> &parts) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const HeadCache cache = head_cache(a, sequence, group.kv_head, a.kv_dtype == kCodeF32 ? 4 : 2);
@@ -62,6 +62,10 @@ __device__ __forceinline__ void attend_rows(const Args &a, int sequence, const H
           if (lane == j) p[h] = s;
         }
       }
+    }
+    if (a.alibi_max_bias > 0) {
+#pragma unroll
+      for (int h = 0; h < kGroupHeads; h++) p[h] += alibi_slope(a, group.first + h) * static_cast<float>(begin + lane - position);
     }
 #pragma unroll
     for (int h = 0; h < kGroupHeads; h++) {
@@ -115,7 +119,7 @@ __device__ __forceinline__ void split_rows(const Args &a, void *scratch) {
   if (span.begin >= span.end) return;
   const HeadGroup group(a, blockIdx.y);
   const WarpParts<kRowsWarps> parts(shared);
-  attend_rows<kPerLane>(a, sequence, group, token, span, parts);
+  attend_rows<kPerLane>(a, sequence, group, token, position, span, parts);
   __syncthreads();
   const bool is_whole = span.begin == seen.begin && span.end == seen.end;
   store_parts<kRowsWarps>(a, parts, group, token, Partials(a, scratch, max_splits),

@@ -104,7 +104,7 @@ __device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
     }
   }
 
-  const float scale = log2_scale(a);
+  const float scale = log2_scale(a), slope = alibi_slope(a, group.first + row);
   float m = -INFINITY, l = 0;   // of head `row`; l is this lane's share
   float o[D / 8][4] = {};
   for (int stage = 0; begin < span.end; begin += kStride, stage ^= 1) {
@@ -127,7 +127,8 @@ __device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       const int key = begin + i / 2 * 8 + column + i % 2;
-      p[i] = key < span.end ? join<H>(s[i / 2][i % 2], s[i / 2][i % 2 + 2]) * scale : -INFINITY;
+      const float score = join<H>(s[i / 2][i % 2], s[i / 2][i % 2 + 2]);
+      p[i] = key < span.end ? fmaf(score, scale, slope * static_cast<float>(key - position)) : -INFINITY;
       top = fmaxf(top, p[i]);
     }
     top = fmaxf(top, __shfl_xor_sync(kFullMask, top, 1));

@@ -103,6 +103,26 @@ struct FlashTile {
     }
   }
 
+  // s = q . k * scale + slope * distance, in place. `slopes`: of this warp's rows.
+  __device__ __forceinline__ void add_alibi(int first_key, float scale, const float *slopes, float (&s)[kBlocks][kKeys / 8][4]) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const float slope = slopes[row_of(b, half)];
+        const int distance = first_key + lane % 4 * 2 - position[b][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float &score = s[b][n][half * 2 + i];
+            score = fmaf(score, scale, slope * static_cast<float>(distance + n * 8 + i));
+          }
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void mask(int first_key, float (&s)[kBlocks][kKeys / 8][4]) const {
 #pragma unroll
     for (int b = 0; b < kBlocks; b++) {

@@ -10,7 +10,7 @@
 //
 // `Op` says what is multiplied and what becomes of it:
 //   kUnit                        tiles of eight weight rows whose results are wanted together
-//   kNorm; x, norm, T, K, eps    the activations, and whether they are normalized first
+//   kNorm; x, norm, T, K         the activations, and whether they are normalized first
 //   num_units()
 //   tile<D>(unit * kUnit + i)    the rows of a tile, a WeightTile; none past the last unit
 //   store<D>(token, unit, r, v)  v[kUnit], one value per tile
@@ -75,14 +75,14 @@ struct Gemv {
   }
 
   // Activations of segments first_segment .. of the panel, every plane, zeros behind K.
-  __device__ __forceinline__ void fill_rows(int first_segment, const float *factors, const float *scales) const {
+  __device__ __forceinline__ void fill_rows(int first_segment, const float *means, const float *factors, const float *scales) const {
     const int first = first_segment * kSegment, words = panel_segments * kSegment / 2;
 #pragma unroll 2
     for (int i = threadIdx.x; i < op.T * words; i += kGemvThreads) {
       const int t = i / words, word = i % words, k = first + 2 * word;
       const float *x = op.x + static_cast<int64_t>(t) * op.K;
-      const float lo = k < op.K ? normalized<Op::kNorm>(x, op.norm, k, factors[t]) * scales[t] : 0.f;
-      const float hi = k + 1 < op.K ? normalized<Op::kNorm>(x, op.norm, k + 1, factors[t]) * scales[t] : 0.f;
+      const float lo = k < op.K ? normalized<Op::kNorm>(x, op.norm, k, means[t], factors[t]) * scales[t] : 0.f;
+      const float hi = k + 1 < op.K ? normalized<Op::kNorm>(x, op.norm, k + 1, means[t], factors[t]) * scales[t] : 0.f;
       uint32_t planes[kPlanes];
       split_pair<Half, kPlanes>(lo, hi, planes);
 #pragma unroll
@@ -167,6 +167,7 @@ __device__ __forceinline__ void gemv(const Op &op) {
   using Kernel = Gemv<D, kPlanes, kTokenTiles, Op>;
   DYN_SHARED(unsigned char, shared);
   SHARED(float, reduction, kGemvWarps);
+  SHARED(float, means, kMaxGemvTokens);
   SHARED(float, factors, kMaxGemvTokens);
   SHARED(float, scales, kMaxGemvTokens);
   SHARED(float, unscales, kMaxGemvTokens);
@@ -178,15 +179,15 @@ __device__ __forceinline__ void gemv(const Op &op) {
   int stage = 0;  // where the next tile is in the ring
 
   for (int t = 0; t < op.T; t++) {
-    const RowFactors f = row_factors<typename D::Half, Op::kNorm>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, op.eps, reduction);
-    if (threadIdx.x == 0) factors[t] = f.factor, scales[t] = f.scale, unscales[t] = f.unscale;
+    const RowFactors f = row_factors<typename D::Half, Op::kNorm>(op.x + static_cast<int64_t>(t) * op.K, op.norm, op.K, reduction);
+    if (threadIdx.x == 0) means[t] = f.mean, factors[t] = f.factor, scales[t] = f.scale, unscales[t] = f.unscale;
   }
   bool filled = false;
   for (int unit = blockIdx.x; unit < op.num_units(); unit += gridDim.x) {
     for (int segment = 0; segment < kernel.segments; segment += kernel.panel_segments) {
       __syncthreads();  // the factors are there; the parts and rows of the last round have been read
       if (!filled) {
-        kernel.fill_rows(segment, factors, scales);
+        kernel.fill_rows(segment, means, factors, scales);
         filled = kernel.panel_segments == kernel.segments;
         __syncthreads();
       }

@@ -136,7 +136,11 @@ REFUSED = [
     ("fused_qkv_rope", QKV, {"q_norm": tensor(F32, 8)}, {}, "q_norm and k_norm come together"),
     ("fused_qkv_rope", QKV, {"bq": tensor(F32, 16)}, {}, "bq axis 0 is QD=32 (from wq), got 16"),
     ("fused_gate_up_silu", GATE, {"up_bias": tensor(F32, 9)}, {}, "gate_bias and up_bias come together"),
-    ("fused_gate_up_silu", GATE, {}, {"activation": 2}, "activation must be in [0, 1], got 2 (index into ACTIVATIONS)"),
+    ("fused_gate_up_silu", GATE, {}, {"activation": 3}, "activation must be in [0, 2], got 3 (index into ACTIVATIONS)"),
+    ("fused_gate_up_silu", GATE, {"gate": None, "gate_bias": tensor(F32, 9)}, {}, "a gate_bias needs a gate"),
+    ("rms_norm", RMS, {}, {"center": 2}, "center must be in [0, 1], got 2 (0 RMSNorm, 1 LayerNorm"),
+    ("rms_norm", RMS, {"bias": tensor(F32, 9)}, {}, "bias axis 0 is D=10 (from x), got 9"),
+    ("paged_attention", PAGED, {}, {"alibi_max_bias": -1.0}, "alibi_max_bias must be in [0.0, 1000.0], got -1.0"),
     ("sample", SAMPLE, {"params": tensor(I32, 2, 11)}, {}, "params axis 1 is 12=12 (from the contract), got 11"),
     ("sample", SAMPLE, {"logits": tensor(F32, 2, 1 << 30)}, {}, "fewer than 2**30 tokens"),
 ]

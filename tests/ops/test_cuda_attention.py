@@ -40,6 +40,15 @@ def tensor_core_cases(op: str) -> Iterator[Case]:
         for page_size, window in ((1, 0), (4, 23), (16, 0), (16, 100)):
             label = f"d{head_dim}-page-{page_size}-window-{window}"
             yield attention_case(op, label, chunks, page_size=page_size, window=window, **shape)[0]
+    for heads, kv_heads, head_dim, window in (
+        (1, 1, 64, 0),
+        (3, 3, 80, 23),
+        (8, 2, 128, 0),
+        (12, 12, 64, 0),
+        (20, 1, 96, 70),
+    ):
+        shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window}
+        yield attention_case(op, f"alibi-{heads}-{kv_heads}-{head_dim}", chunks, alibi=8.0, **shape)[0]
     yield attention_case(op, "many-heads", chunks, heads=20, kv_heads=1, head_dim=64, window=40)[0]
     yield attention_case(op, "layer", chunks, head_dim=64, layers=(3, 1))[0]
     yield attention_case(op, "sharp", chunks, head_dim=64, q_scale=30.0, kv_scale=10.0, condition=300.0)[0]
@@ -120,13 +129,24 @@ def rows(case: Case, start: int, stop: int, sequence: int) -> Case:
 
 
 SHAPES = pytest.mark.parametrize(
-    ("kv", "head_dim", "window"), [("bf16", 64, 0), ("f16", 128, 0), ("bf16", 64, 50), ("f32", 20, 0), ("f32", 20, 50)]
+    ("kv", "head_dim", "window", "alibi"),
+    [
+        ("bf16", 64, 0, 0.0),
+        ("f16", 128, 0, 0.0),
+        ("bf16", 64, 50, 0.0),
+        ("bf16", 64, 0, 8.0),
+        ("f32", 20, 0, 0.0),
+        ("f32", 20, 50, 0.0),
+        ("f32", 20, 0, 8.0),
+    ],
 )
 
 
 @SHAPES
-def test_a_prompt_may_be_cut_anywhere(kv: str, head_dim: int, window: int) -> None:
-    case, _ = attention_case("flash_attention", "cut", [Chunk(170, 45)], heads=6, head_dim=head_dim, window=window)
+def test_a_prompt_may_be_cut_anywhere(kv: str, head_dim: int, window: int, alibi: float) -> None:
+    case, _ = attention_case(
+        "flash_attention", "cut", [Chunk(170, 45)], heads=6, head_dim=head_dim, window=window, alibi=alibi
+    )
     whole = outputs("flash_attention", case, kv)
     for cuts in ([0, 2, 40, 170], [0, 33, 34 + 31, 168, 170]):
         for start, stop in itertools.pairwise(cuts):
@@ -135,8 +155,8 @@ def test_a_prompt_may_be_cut_anywhere(kv: str, head_dim: int, window: int) -> No
 
 
 @SHAPES
-def test_decoding_does_not_depend_on_the_batch_or_the_table(kv: str, head_dim: int, window: int) -> None:
-    case, _ = attention_case("paged_attention", "batch", DECODE, heads=6, head_dim=head_dim, window=window)
+def test_decoding_does_not_depend_on_the_batch_or_the_table(kv: str, head_dim: int, window: int, alibi: float) -> None:
+    case, _ = attention_case("paged_attention", "batch", DECODE, heads=6, head_dim=head_dim, window=window, alibi=alibi)
     together = outputs("paged_attention", case, kv)
     for s in range(len(DECODE)):
         alone = rows(case, s, s + 1, s)
@@ -147,9 +167,11 @@ def test_decoding_does_not_depend_on_the_batch_or_the_table(kv: str, head_dim: i
 
 
 @SHAPES
-def test_a_decoded_token_has_the_same_bits_in_a_step_with_prompts(kv: str, head_dim: int, window: int) -> None:
+def test_a_decoded_token_has_the_same_bits_in_a_step_with_prompts(
+    kv: str, head_dim: int, window: int, alibi: float
+) -> None:
     chunks = [Chunk(1, 600), Chunk(9, 20), Chunk(1, 31)]
-    case, _ = attention_case("flash_attention", "mixed", chunks, heads=6, head_dim=head_dim, window=window)
+    case, _ = attention_case("flash_attention", "mixed", chunks, heads=6, head_dim=head_dim, window=window, alibi=alibi)
     mixed = outputs("flash_attention", case, kv)
     arrays = {n: v for n, v in case.arrays.items() if n != "offsets"}
     for sequence, token in ((0, 0), (2, 10)):
