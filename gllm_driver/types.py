@@ -47,9 +47,64 @@ F64 = DType("f64", 6, 1, 8)
 Q8_0 = DType("q8_0", 8, 32, 34)
 Q4_0 = DType("q4_0", 9, 32, 18)
 
-DTYPES: dict[str, DType] = {d.name: d for d in (F32, F16, BF16, I32, I64, U8, F64, Q8_0, Q4_0)}
+_FIXED = (F32, F16, BF16, I32, I64, U8, F64, Q8_0, Q4_0)
+
+# Block formats of GGUF beside those two: name, elements and bytes of a block.
+_GGUF_BLOCKS = (
+    ("q4_1", 32, 20),
+    ("q5_0", 32, 22),
+    ("q5_1", 32, 24),
+    ("q2_k", 256, 84),
+    ("q3_k", 256, 110),
+    ("q4_k", 256, 144),
+    ("q5_k", 256, 176),
+    ("q6_k", 256, 210),
+    ("iq4_nl", 32, 18),
+    ("iq4_xs", 256, 136),
+)
+
+# Block formats of GGUF that are repacked when a model is loaded: no kernel reads them.
+_GGUF_READ_ONLY_BLOCKS = (
+    ("iq2_xxs", 256, 66),
+    ("iq2_xs", 256, 74),
+    ("iq2_s", 256, 82),
+    ("iq3_xxs", 256, 98),
+    ("iq3_s", 256, 110),
+    ("iq1_s", 256, 50),
+    ("iq1_m", 256, 56),
+    ("tq1_0", 256, 54),
+    ("tq2_0", 256, 66),
+    ("mxfp4", 32, 17),
+    ("nvfp4", 64, 36),
+)
+
+# Native block formats int{bits}_{block}{kind}: a f16 scale, one more f16 for the kinds z (zero point) and m (minimum),
+# then the quants (docs/quantization.md).
+NATIVE_BITS, NATIVE_BLOCK_SIZES, NATIVE_KINDS = (8, 4, 2, 1), (32, 64, 128), ("", "z", "m")
+
+
+def native_name(bits: int, block_size: int, kind: str) -> str:
+    """(4, 64, "z") → int4_64z."""
+    return f"int{bits}_{block_size}{kind}"
+
+
+_NATIVE_BLOCKS = tuple(
+    (native_name(bits, block_size, kind), block_size, (4 if kind else 2) + block_size * bits // 8)
+    for bits in NATIVE_BITS
+    for block_size in NATIVE_BLOCK_SIZES
+    for kind in NATIVE_KINDS
+)
+
+# Codes follow the order of these rows: new ones go at the end.
+_BLOCK_ROWS = (*_GGUF_BLOCKS, *_NATIVE_BLOCKS, *_GGUF_READ_ONLY_BLOCKS)
+
+DTYPES: dict[str, DType] = {d.name: d for d in _FIXED} | {
+    name: DType(name, code, block_size, nbytes) for code, (name, block_size, nbytes) in enumerate(_BLOCK_ROWS, 10)
+}
 FLOAT_DTYPES = ("f32", "f16", "bf16")
-WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")
+# Types a weight matrix may be stored in. Each backend says which of them its ops compute; the others are repacked when
+# a model is loaded (quant/repack.py).
+WEIGHT_DTYPES = (*FLOAT_DTYPES, *(d.name for d in DTYPES.values() if d.is_quantized))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpu_backend.compile import cache_dir as cache_dir
-from cpu_backend.kernels import all_entries
+from cpu_backend.kernels import WEIGHT_DTYPES, all_entries
 from cpu_backend.memory import available_nbytes, memory_pressure
 from cpu_backend.program import Program
 from cpu_backend.team import Team, aligned
@@ -70,6 +70,7 @@ class CpuBackend:
 
     name = "cpu"
     maps_weights = True
+    weight_dtypes = WEIGHT_DTYPES
 
     def __init__(self, num_threads: int | None = None, progress: Progress | None = None) -> None:
         self._progress = progress

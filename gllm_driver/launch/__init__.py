@@ -7,9 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..types import FLOAT_DTYPES
 from .base import DeviceProps, Launch
 
-__all__ = ["DeviceProps", "Launch", "launches"]
+__all__ = ["WEIGHT_DTYPES", "DeviceProps", "Launch", "launches"]
+
+WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
 
 
 def launches(

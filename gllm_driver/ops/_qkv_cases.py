@@ -95,6 +95,8 @@ def cases() -> Iterator[Case]:
     yield _case("mha", heads=3, kv_heads=3, page_size=1)
     yield _case("layer-2-of-4", layers=(4, 2), page_size=16)
     yield _case("shuffled", shuffled=True, layers=(2, 1))
+    yield _case("blocks-of-256-prefill", hidden=512, bias=True)
+    yield _case("blocks-of-256-decode", hidden=256, chunks=DECODE)
     yield _case("long-prefill", chunks=[Chunk(70, 5), Chunk(41)], page_size=16)
     for chunks, name in ((PREFILL, "prefill"), (DECODE, "decode")):
         yield _case(f"zero-{name}", chunks=chunks, factors=(0.0, 1.0), bias=True, qk_norm=True)

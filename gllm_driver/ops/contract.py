@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ContractError
-from ..types import Tensor
+from ..types import WEIGHT_DTYPES, Tensor
 
 Role = Literal["in", "out", "inout"]
 
@@ -35,6 +35,11 @@ class Array:
     def has_dtype_field(self) -> bool:
         """Kernels are told the element type of arrays that may come in several."""
         return len(self.dtypes) > 1
+
+    @property
+    def dtypes_text(self) -> str:
+        """The element types in words; stored weights have too many to list."""
+        return "f32 or f16 or bf16 or a block format" if self.dtypes == WEIGHT_DTYPES else " or ".join(self.dtypes)
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,7 @@ class Contract:
 
     def _check_array(self, array: Array, tensor: Tensor, solved: dict[str, Any], origin: dict[str, str]) -> None:
         if tensor.dtype.name not in array.dtypes:
-            raise ContractError(
-                self.name, array.name, f"has dtype {tensor.dtype.name}, expected {' or '.join(array.dtypes)}"
-            )
+            raise ContractError(self.name, array.name, f"has dtype {tensor.dtype.name}, expected {array.dtypes_text}")
         if len(tensor.shape) != len(array.axes):
             raise ContractError(
                 self.name, array.name, f"has shape {tensor.shape}, expected axes [{', '.join(map(str, array.axes))}]"

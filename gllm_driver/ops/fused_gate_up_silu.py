@@ -51,6 +51,7 @@ def reference(
 def cases() -> Iterator[Case]:
     """Sizes around tiles, both activations, biases, weights of mixed dtypes, values from zero to NaN."""
     sizes = [(1, 1, 1), (1, 33, 5), (3, 100, 7), (2, 61, 130), (1, 64, 67), (4, 96, 9), (33, 64, 35), (130, 96, 40)]
+    sizes += [(2, 256, 11), (18, 512, 24)]  # blocks of 256
     for T, D, F in sizes:
         for code, name in enumerate(ACTIVATIONS):
             g = rng("gate_up", T, D, F)

@@ -48,7 +48,7 @@ def args_header(contract: Contract) -> str:
             array = arrays[field]
             axes = ", ".join(map(str, array.axes))
             absent = "; null when absent" if array.optional else ""
-            lines.append(f"  {_pointer(array)}{field};  // [{axes}] {'/'.join(array.dtypes)}{absent}")
+            lines.append(f"  {_pointer(array)}{field};  // [{axes}] {array.dtypes_text}{absent}")
         else:
             why = contract.dims.get(field, "")
             lines.append(f"  {_C_FIELDS[dtype.name]} {field};" + (f"  // {why}" if why else ""))

@@ -37,6 +37,7 @@ def cases() -> Iterator[Case]:
     """One row to many, sizes around tiles and vector widths, bias and residual, aliasing, values from zero to NaN."""
     sizes = [(1, 1, 1), (1, 33, 5), (3, 100, 7), (2, 61, 130), (1, 32, 1), (1, 64, 67), (4, 96, 9), (5, 160, 33)]
     sizes += [(8, 64, 40), (17, 96, 21), (33, 64, 35), (130, 224, 70), (1, 4128, 3), (2, 1056, 513)]
+    sizes += [(1, 768, 70), (3, 256, 37), (18, 512, 21)]  # blocks of 256
     for T, K, N in sizes:
         g = rng("linear", T, K, N)
         arrays = {"x": normal(g, T, K), "weight": normal(g, N, K)}

@@ -20,6 +20,7 @@ from cuda_tolerance import activations_for, contract_for  # noqa: E402
 from op_harness import label, run_case, storages  # noqa: E402
 from op_memory import Storage  # noqa: E402
 
+from gllm_driver.launch import WEIGHT_DTYPES  # noqa: E402
 from gllm_driver.ops import CONTRACTS  # noqa: E402
 from gllm_driver.ops.contract import Case  # noqa: E402
 
@@ -38,7 +39,7 @@ def parameters() -> Iterator[Any]:
         contract = CONTRACTS[op]
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case):
+            for storage in storages(contract, case, WEIGHT_DTYPES):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 yield pytest.param(op, case, storage, index, id=name)
                 index += 1

@@ -7,7 +7,7 @@ touch of an array it updates (the rest of a KV cache) must keep its bits too.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,27 @@ from op_memory import Placed, Storage, decode, encode
 
 from gllm_driver.ops._sample_reference import certain_rows
 from gllm_driver.ops.contract import Case, Contract
-from gllm_driver.types import DTYPES, Tensor
+from gllm_driver.types import DTYPES, FLOAT_DTYPES, WEIGHT_DTYPES, Tensor
 
 Runner = Callable[[str, Mapping[str, Tensor | None], Mapping[str, float]], None]
 
 
-def storages(contract: Contract, case: Case) -> Iterator[Storage]:
-    """Every storage of the case's arrays: those with the same list of dtypes vary together, but for the case's own."""
+BASIC_WEIGHTS = (*FLOAT_DTYPES, "q8_0", "q4_0")
+
+
+def storages(contract: Contract, case: Case, weights: Collection[str] = BASIC_WEIGHTS) -> Iterator[Storage]:
+    """Every storage of the case's arrays: those with the same list of dtypes vary together, but for the case's own.
+
+    Of the types a weight matrix may have, only `weights`: those that the backend at hand computes.
+    """
     groups: dict[Any, list[str]] = {}
     choices: dict[Any, list[str]] = {}
     for array in contract.arrays:
         if array.name not in case.arrays:
             continue
-        allowed = case.storage.get(array.name, array.dtypes)
+        allowed: Collection[str] = case.storage.get(array.name, array.dtypes)
+        if array.dtypes == WEIGHT_DTYPES:
+            allowed = [d for d in allowed if d in weights]
         row = case.arrays[array.name].shape[-1]
         usable = [d for d in allowed if row % DTYPES[d].block_size == 0]
         assert usable or len(allowed) == 1, f"{contract.name} {case.label}: {array.name} fits no dtype"

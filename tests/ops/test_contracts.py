@@ -98,7 +98,13 @@ def test_valid_calls_are_packed(op: str, arrays: Mapping[str, Tensor], scalars: 
 REFUSED = [
     ("linear", LINEAR, {"x": None}, {}, "linear: x is required"),
     ("linear", LINEAR, {"x": tensor(F16, 3, 64)}, {}, "linear: x has dtype f16, expected f32"),
-    ("linear", LINEAR, {"weight": tensor(I32, 7, 64)}, {}, "weight has dtype i32, expected f32 or f16 or bf16 or q8_0"),
+    (
+        "linear",
+        LINEAR,
+        {"weight": tensor(I32, 7, 64)},
+        {},
+        "weight has dtype i32, expected f32 or f16 or bf16 or a block format",
+    ),
     ("linear", LINEAR, {"weight": tensor(F32, 7, 63)}, {}, "weight axis 1 is K=64 (from x), got 63"),
     ("linear", LINEAR, {"out": tensor(F32, 3, 8)}, {}, "out axis 1 is N=7 (from weight), got 8"),
     ("linear", LINEAR, {"out": tensor(F32, 21)}, {}, "out has shape (21,), expected axes [T, N]"),

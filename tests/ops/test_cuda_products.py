@@ -14,12 +14,12 @@ from op_harness import label, run_case, storages
 from op_memory import Placed, Storage, decode, encode
 from test_cuda_parity import ROOT
 
-from gllm_driver.launch import DeviceProps, Launch, launches
+from gllm_driver.launch import WEIGHT_DTYPES, DeviceProps, Launch, launches
 from gllm_driver.launch import _products as products
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops._case_tools import normal, rng
 from gllm_driver.ops.contract import Case
-from gllm_driver.types import DTYPES, WEIGHT_DTYPES, Tensor
+from gllm_driver.types import DTYPES, Tensor
 
 pytestmark = pytest.mark.hostsim
 
@@ -46,7 +46,7 @@ def parameters() -> list[Any]:
         contract = CONTRACTS[op]
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case):
+            for storage in storages(contract, case, WEIGHT_DTYPES):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 found.append(pytest.param(op, case, storage, id=name))
     return found

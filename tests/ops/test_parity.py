@@ -11,6 +11,7 @@ import pytest
 from op_harness import Runner, label, run_case, storages
 from op_memory import Placed, Storage, decode, encode, rounded
 
+from cpu_backend.kernels import WEIGHT_DTYPES
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.contract import Case
 from gllm_driver.types import DTYPES, Tensor
@@ -30,7 +31,7 @@ def parameters() -> list[Any]:
     for op, contract in CONTRACTS.items():
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case):
+            for storage in storages(contract, case, WEIGHT_DTYPES):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 found.append(pytest.param(op, case, storage, len(found), id=name))
     return found
@@ -41,6 +42,12 @@ def parameters() -> list[Any]:
 def test_parity(op: str, case: Case, storage: Storage, index: int, backend: str) -> None:
     shift = index % 2 * (1 + index % 7)  # every other one at alignments no better than an element's
     run_case(CONTRACTS[op], case, storage, BACKENDS[backend], shift)
+
+
+def test_the_kernels_of_every_weight_dtype_are_there() -> None:
+    from cpu_backend.matmul import BLOCK_FORMATS, ITEM_NBYTES
+
+    assert set(WEIGHT_DTYPES) == {*ITEM_NBYTES, *BLOCK_FORMATS}
 
 
 def recording(results: list[np.ndarray], num_threads: int) -> Runner:
@@ -62,7 +69,7 @@ def test_cpu_result_does_not_depend_on_the_number_of_threads(op: str) -> None:
     contract = CONTRACTS[op]
     assert contract.cases is not None
     largest = max(contract.cases(), key=lambda case: sum(a.size for a in case.arrays.values()))
-    for storage in storages(contract, largest):
+    for storage in storages(contract, largest, WEIGHT_DTYPES):
         runs: list[list[np.ndarray]] = []
         for num_threads in (1, 2, 3):
             runs.append([])

@@ -13,6 +13,7 @@ from ...config import KvCacheConfig, SamplingConfig
 from ...driver.manifest import FOLDER
 from ...driver.memory import size_text
 from ...errors import CapacityError, UnsupportedError
+from ...launch import WEIGHT_DTYPES
 from ...ops.sample import PARAM_WORDS, pack_params
 from ...types import (
     DTYPES,
@@ -44,6 +45,7 @@ class CudaBackend:
     """
 
     maps_weights = False
+    weight_dtypes = WEIGHT_DTYPES
 
     def __init__(
         self,
