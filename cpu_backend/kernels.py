@@ -20,7 +20,7 @@ OPS = (
     "sample",
     "kv_pages",
 )
-WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
+WEIGHT_DTYPES: tuple[str, ...] = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
 TABLES = ("matmul", "dequantize", "weigh")  # fields of the team's struct, indexed by dtype code
 
 

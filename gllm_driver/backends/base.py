@@ -5,7 +5,7 @@ Data stays on the device. Weights go up once; KV cache and logits are handles; w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class Backend(Protocol):
 
     name: str
     maps_weights: bool  # weights stay where their file is mapped: they take none of the device's memory
-    weight_dtypes: Collection[str]  # stored types its ops compute; matrices of others are repacked by upload_weights
+    weight_dtypes: tuple[str, ...]  # stored types its ops compute; matrices of others are repacked by upload_weights
 
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None

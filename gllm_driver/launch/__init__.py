@@ -12,7 +12,7 @@ from .base import DeviceProps, Launch
 
 __all__ = ["WEIGHT_DTYPES", "DeviceProps", "Launch", "launches"]
 
-WEIGHT_DTYPES = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
+WEIGHT_DTYPES: tuple[str, ...] = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
 
 
 def launches(
