@@ -19,6 +19,7 @@ OPS = (
     "fused_gate_up_silu",
     "sample",
     "kv_pages",
+    "pack_weight",
 )
 WEIGHT_DTYPES: tuple[str, ...] = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
 TABLES = ("matmul", "dequantize", "weigh")  # fields of the team's struct, indexed by dtype code

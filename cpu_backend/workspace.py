@@ -46,4 +46,6 @@ def workspace(op: str, v: Mapping[str, int]) -> tuple[int, int]:
         return 4 * v["S"] * heads * spans * (v["Dh"] + 2), 4 * heads * (2 * v["Dh"] + SCORE_BLOCK + 8)
     if op == "sample":
         return 8 * v["S"] * v["V"], 8 << DIGIT_BITS
+    if op == "pack_weight":
+        return 0, 4 * v["K"]
     return 0, 0

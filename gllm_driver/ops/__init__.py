@@ -9,6 +9,7 @@ from . import (
     fused_qkv_rope,
     kv_pages,
     linear,
+    pack_weight,
     paged_attention,
     rms_norm,
     rope_table,
@@ -29,5 +30,6 @@ CONTRACTS: dict[str, Contract] = {
         fused_gate_up_silu,
         sample,
         kv_pages,
+        pack_weight,
     )
 }

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..errors import ContractError
+from ..packed_types import PackedDType
 from ..types import WEIGHT_DTYPES, Tensor
 
 Role = Literal["in", "out", "inout"]
@@ -29,6 +30,7 @@ class Array:
     role: Role = "in"
     optional: bool = False
     doc: str = ""
+    packed: bool = False  # may also come in a device's packed types, as op pack_weight makes them
     error_axes: int = 1  # trailing axes whose largest magnitude errors are relative to
 
     @property
@@ -161,7 +163,7 @@ class Contract:
         return packed
 
     def _check_array(self, array: Array, tensor: Tensor, solved: dict[str, Any], origin: dict[str, str]) -> None:
-        if tensor.dtype.name not in array.dtypes:
+        if tensor.dtype.name not in array.dtypes and not (array.packed and isinstance(tensor.dtype, PackedDType)):
             raise ContractError(self.name, array.name, f"has dtype {tensor.dtype.name}, expected {array.dtypes_text}")
         if len(tensor.shape) != len(array.axes):
             raise ContractError(

@@ -41,7 +41,7 @@ CONTRACT = Contract(
     dims={"T": "tokens", "V": "vocabulary size", "D": "hidden size"},
     arrays=(
         Array("ids", ("T",), ("i32",), doc="token ids in [0, V)"),
-        Array("weight", ("V", "D"), WEIGHT_DTYPES),
+        Array("weight", ("V", "D"), WEIGHT_DTYPES, packed=True),
         Array("out", ("T", "D"), role="out"),
     ),
     reference=reference,

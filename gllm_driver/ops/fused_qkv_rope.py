@@ -55,8 +55,8 @@ CONTRACT = Contract(
     name="fused_qkv_rope",
     doc=(
         "h = rms_norm(x, norm, norm_bias); q, k, v = h·wqᵀ + bq, h·wkᵀ + bk, h·wvᵀ + bv; optional RMSNorm over "
-        "each q and k head; the first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token t "
-        "go to slot positions[t] of its sequence: page page_table[seq[t], pos / P], row pos % P."
+        "each q and k head; the first 2R dims of each q and k head rotated by cos_sin; q goes to `q`, k and v of token "
+        "t go to slot positions[t] of its sequence: page page_table[seq[t], pos / P], row pos % P."
     ),
     dims={
         "T": "tokens",
@@ -76,9 +76,9 @@ CONTRACT = Contract(
         Array("x", ("T", "D")),
         Array("norm", ("D",)),
         Array("norm_bias", ("D",), optional=True),
-        Array("wq", ("QD", "D"), WEIGHT_DTYPES),
-        Array("wk", ("KD", "D"), WEIGHT_DTYPES),
-        Array("wv", ("KD", "D"), WEIGHT_DTYPES),
+        Array("wq", ("QD", "D"), WEIGHT_DTYPES, packed=True),
+        Array("wk", ("KD", "D"), WEIGHT_DTYPES, packed=True),
+        Array("wv", ("KD", "D"), WEIGHT_DTYPES, packed=True),
         Array("bq", ("QD",), optional=True),
         Array("bk", ("KD",), optional=True),
         Array("bv", ("KD",), optional=True),

@@ -78,7 +78,7 @@ CONTRACT = Contract(
     dims={"T": "tokens", "K": "input features", "N": "output features"},
     arrays=(
         Array("x", ("T", "K")),
-        Array("weight", ("N", "K"), WEIGHT_DTYPES),
+        Array("weight", ("N", "K"), WEIGHT_DTYPES, packed=True),
         Array("bias", ("N",), optional=True),
         Array("residual", ("T", "N"), optional=True),
         Array("out", ("T", "N"), role="out"),

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # Lowest first. A package may import from those below it; the first row's may also import each other.
 LAYERS = (
-    {"errors", "types", "config"},
+    {"errors", "types", "packed_types", "config"},
     {"ops"},
     {"cpu_backend", "driver", "launch", "quant"},
     {"backends"},
