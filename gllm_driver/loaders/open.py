@@ -10,11 +10,13 @@ from typing import Any
 from ..errors import ModelFormatError
 from ..models.arch import Arch
 from ..models.checkpoint import Checkpoint, GenerationDefaults
+from ..models.families import FAMILIES
 from ..models.gguf_keys import arch_of_gguf
 from ..models.hf_config import arch_of_config
-from ..models.names import GGUF_NAMES, HF_NAMES, NameTable, match_slots
+from ..models.names import NameTable, match_slots
 from . import gguf, safetensors
 from .defaults import defaults_of_gguf, defaults_of_hf
+from .fused import split_fused
 from .hub import fetch_from_hub
 from .jsonfile import read_object
 from .mapping import StoredTensor
@@ -94,7 +96,8 @@ def _open_hf(weights: Path, folder: Path, stored: Mapping[str, StoredTensor]) ->
     for key, name in _TOKENIZER_FILES.items():
         metadata[key] = folder / name if (folder / name).exists() else None
     defaults = defaults_of_hf(config, generation, generation_path if generation else folder / "config.json")
-    return _checkpoint(weights, arch, HF_NAMES, stored, safetensors.READABLE, defaults, metadata)
+    names = FAMILIES[arch.family].hf_names.fitting(stored)
+    return _checkpoint(weights, arch, names, stored, safetensors.READABLE, defaults, metadata)
 
 
 # Keys of `Checkpoint.metadata` for Hugging Face directories: Path, or None where the file is absent.
@@ -109,7 +112,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     file = gguf.read_gguf(path)
     arch = arch_of_gguf(file.metadata, file.tensors, path)
     defaults = defaults_of_gguf(file.metadata, path)
-    return _checkpoint(path, arch, GGUF_NAMES, file.tensors, gguf.READABLE, defaults, file.metadata)
+    names = FAMILIES[arch.family].gguf_names
+    return _checkpoint(path, arch, names, file.tensors, gguf.READABLE, defaults, file.metadata)
 
 
 def _checkpoint(
@@ -122,7 +126,8 @@ def _checkpoint(
     metadata: Mapping[str, Any],
 ) -> Checkpoint:
     sources = match_slots(arch, names, stored, path)
-    tensors = {slot: stored[name].open(readable) for slot, name in sources.items()}
+    opened = {name: stored[name].open(readable) for name in set(sources.values())}
+    tensors = split_fused(arch, names, sources, opened)
     for file in {id(stored[name].file): stored[name].file for name in sources.values()}.values():
         file.will_need()
     return Checkpoint(path, arch, tensors, sources, defaults, metadata)

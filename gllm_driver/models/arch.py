@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 RopeStyle = Literal["neox", "interleaved"]
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+Norm = Literal["rms", "layer"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Arch:
-    """A Llama-shaped decoder: RMSNorm → attention (GQA, RoPE) → residual → RMSNorm → gated FFN → residual."""
+    """A decoder: norm → attention (GQA; RoPE or ALiBi) → residual → norm → FFN, gated or not → residual."""
 
     family: str  # a key of families.FAMILIES
     vocab_size: int
@@ -41,14 +42,19 @@ class Arch:
     num_kv_heads: int
     head_dim: int
     context_length: int
-    rms_norm_eps: float = 1e-6
+    norm: Norm = "rms"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    embed_norm: bool = False  # a norm of the embeddings, before the first layer
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rope_style: RopeStyle = "neox"
-    rotary_dim: int = 0  # leading dims of a head that are rotated; equals head_dim for full rotary
+    rotary_dim: int = 0  # leading dims of a head that are rotated; equals head_dim for full rotary, 0 for ALiBi
+    alibi_max_bias: float = 0.0  # of the slopes (ops/_attention.py); 0 means no ALiBi
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True  # down(act(gate(x)) · up(x)), else down(act(up(x)))
     qk_norm: bool = False  # RMSNorm over head_dim on each query and key head (Qwen3)
     tie_word_embeddings: bool = False
     activation: Activation = "silu"
@@ -70,11 +76,16 @@ class Arch:
 def tensor_slots(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Every tensor the forward pass reads, by slot name, with its shape [out, in] in elements.
 
-    Slots: `embed`, `final_norm`, `lm_head` (absent when tied) and, per layer i, `layers.{i}.` + attn_norm, q, k, v,
-    q_bias, k_bias, v_bias, q_norm, k_norm, o, o_bias, ffn_norm, gate, up, down, gate_bias, up_bias, down_bias.
+    Slots: `embed`, `embed_norm`, `final_norm`, `lm_head` (absent when tied) and, per layer i, `layers.{i}.` +
+    attn_norm, q, k, v, q_norm, k_norm, o, ffn_norm, gate, up, down. Biases, where a model has them, are in slots of
+    the same names with `_bias` behind.
     """
     d, ff = arch.hidden_size, arch.intermediate_size
     slots: dict[str, tuple[int, ...]] = {"embed": (arch.vocab_size, d), "final_norm": (d,)}
+    if arch.embed_norm:
+        slots["embed_norm"] = (d,)
+    if arch.norm_bias:
+        slots |= {f"{slot}_bias": (d,) for slot in ("embed_norm", "final_norm") if slot in slots}
     if not arch.tie_word_embeddings:
         slots["lm_head"] = (arch.vocab_size, d)
     layer: dict[str, tuple[int, ...]] = {
@@ -88,12 +99,16 @@ def tensor_slots(arch: Arch) -> dict[str, tuple[int, ...]]:
         "up": (ff, d),
         "down": (d, ff),
     }
+    if arch.norm_bias:
+        layer |= {"attn_norm_bias": (d,), "ffn_norm_bias": (d,)}
     if arch.qkv_bias:
         layer |= {"q_bias": (arch.q_size,), "k_bias": (arch.kv_size,), "v_bias": (arch.kv_size,)}
     if arch.o_bias:
         layer |= {"o_bias": (d,)}
     if arch.mlp_bias:
         layer |= {"gate_bias": (ff,), "up_bias": (ff,), "down_bias": (d,)}
+    if not arch.gated_mlp:
+        layer = {name: shape for name, shape in layer.items() if name not in ("gate", "gate_bias")}
     if arch.qk_norm:
         layer |= {"q_norm": (arch.head_dim,), "k_norm": (arch.head_dim,)}
     if arch.rope_scaling.kind == "factors":

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ModelFormatError
-from .arch import Arch, RopeStyle
+from .arch import Activation, Arch, Norm, RopeStyle
 from .fields import MAX_SIZE
+from .names import BLOOM_NAMES, GGUF_FUSED_NAMES, GGUF_NAMES, HF_NAMES, MPT_NAMES, NameTable
 
 Bias = Literal["never", "always", "attention_bias", "mlp_bias"]  # the last two: what that key of config.json says
 
@@ -22,7 +23,14 @@ class Family:
     architectures: tuple[str, ...]  # config.json `architectures`
     model_types: tuple[str, ...]  # config.json `model_type`
     gguf_architectures: tuple[str, ...] = ()  # GGUF `general.architecture`
+    hf_names: NameTable = HF_NAMES
+    gguf_names: NameTable = GGUF_NAMES
     gguf_rope_style: RopeStyle = "neox"
+    alibi_max_bias: float = 0.0  # not 0: ALiBi in place of RoPE, with this figure where no key says another
+    norm: Norm = "rms"
+    embed_norm: bool = False
+    gated_mlp: bool = True
+    activation: Activation | None = None  # None: what `hidden_act` says
     qkv_bias: Bias = "never"
     o_bias: Bias = "never"
     mlp_bias: Bias = "never"
@@ -73,6 +81,31 @@ FAMILIES: dict[str, Family] = {
             window="layer_types",
             config_defaults={"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
         ),
+        Family(
+            name="mpt",
+            architectures=("MptForCausalLM", "MPTForCausalLM"),
+            model_types=("mpt",),
+            gguf_architectures=("mpt",),
+            hf_names=MPT_NAMES,
+            gguf_names=GGUF_FUSED_NAMES,
+            alibi_max_bias=8.0,
+            norm="layer",
+            gated_mlp=False,
+            activation="gelu",
+        ),
+        Family(
+            name="bloom",
+            architectures=("BloomForCausalLM", "BloomModel"),
+            model_types=("bloom",),
+            gguf_architectures=("bloom",),
+            hf_names=BLOOM_NAMES,
+            gguf_names=GGUF_FUSED_NAMES,
+            alibi_max_bias=8.0,
+            norm="layer",
+            embed_norm=True,
+            gated_mlp=False,
+            activation="gelu_tanh",
+        ),
     )
 }
 
@@ -119,7 +152,11 @@ def checked(arch: Arch, path: Path) -> Arch:
         f"{arch.num_heads} attention heads are no multiple of {arch.num_kv_heads} key/value heads",
     )
     require(
-        arch.rotary_dim % 2 == 0 and 2 <= arch.rotary_dim <= arch.head_dim,
+        arch.hidden_size % arch.num_heads == 0 or not arch.alibi_max_bias,
+        f"a hidden size of {arch.hidden_size} is no multiple of {arch.num_heads} attention heads",
+    )
+    require(
+        arch.alibi_max_bias > 0 or (arch.rotary_dim % 2 == 0 and 2 <= arch.rotary_dim <= arch.head_dim),
         f"the rotary dimensions must be an even number in 2 … {arch.head_dim} (a head), got {arch.rotary_dim}",
     )
     require(arch.context_length <= MAX_SIZE, f"a context of {arch.context_length} tokens is more than {MAX_SIZE}")

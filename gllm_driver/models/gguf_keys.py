@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ModelFormatError
 from .arch import Arch, RopeScaling
-from .families import checked, family_of_gguf
+from .families import Family, checked, family_of_gguf
 from .fields import MAX_LAYERS, Fields
 from .names import GGUF_NAMES, Described
 from .rope import yarn_attention_factor
@@ -24,6 +24,7 @@ _READ = {
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
 }
+_READ_WITH_ALIBI = {key for key in _READ if not key.startswith("rope.")} | {"attention.max_alibi_bias"}
 _HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", "pooling_type", "attention.layer_norm_epsilon"}
 # Every other key of the architecture must have a value that turns it off: these, or one listed here.
 _OFF = (0, 0.0, False, "")
@@ -48,7 +49,8 @@ def arch_of_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Described], 
     prefix = f"{architecture}."
     values = {key[len(prefix) :]: _uniform(value) for key, value in metadata.items() if key.startswith(prefix)}
     fields = Fields(values, path, prefix)
-    fields.refuse({key: _NEUTRAL.get(key, _OFF) for key in sorted(values.keys() - _READ - _HARMLESS)})
+    read = _READ_WITH_ALIBI if family.alibi_max_bias else _READ
+    fields.refuse({key: _NEUTRAL.get(key, _OFF) for key in sorted(values.keys() - read - _HARMLESS)})
 
     hidden_size = fields.integer("embedding_length")
     num_layers = fields.integer("block_count", high=MAX_LAYERS)
@@ -57,7 +59,8 @@ def arch_of_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Described], 
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise fields.wrong("attention.value_length", f"{head_dim}, the length of keys")
     window = fields.integer("attention.sliding_window", 0, low=0)
-    layer = {slot for slot, name in GGUF_NAMES.layer.items() if GGUF_NAMES.layer_prefix.format(i=0) + name in tensors}
+    names = family.gguf_names
+    layer = {slot for slot, name in names.layer.items() if names.layer_prefix.format(i=0) + name in tensors}
     return checked(
         Arch(
             family=family.name,
@@ -69,20 +72,34 @@ def arch_of_gguf(metadata: Mapping[str, Any], tensors: Mapping[str, Described], 
             num_kv_heads=fields.integer("attention.head_count_kv", num_heads),
             head_dim=head_dim,
             context_length=fields.integer("context_length"),
-            rms_norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
-            rope_theta=fields.number("rope.freq_base", 10000.0, above=1.0),
-            rope_scaling=_rope_scaling(fields, has_factors=GGUF_NAMES.model["rope_factors"] in tensors),
-            rope_style=family.gguf_rope_style,
-            rotary_dim=fields.integer("rope.dimension_count", head_dim),
+            norm=family.norm,
+            norm_eps=fields.number(f"attention.layer_norm_{'rms_' if family.norm == 'rms' else ''}epsilon"),
+            norm_bias="attn_norm_bias" in layer,
+            embed_norm=family.embed_norm,
+            **_positions(fields, family, head_dim, has_factors=names.model["rope_factors"] in tensors),
             qkv_bias="q_bias" in layer,
             o_bias="o_bias" in layer,
             mlp_bias="down_bias" in layer,
+            gated_mlp=family.gated_mlp,
+            activation=family.activation or "silu",
             qk_norm=family.qk_norm,
-            tie_word_embeddings=GGUF_NAMES.model["lm_head"] not in tensors,
+            tie_word_embeddings=names.model["lm_head"] not in tensors,
             sliding_windows=(window,) * num_layers if window else (),
         ),
         path,
     )
+
+
+def _positions(fields: Fields, family: Family, head_dim: int, *, has_factors: bool) -> dict[str, Any]:
+    """How queries and keys are told where they stand: the fields of Arch for ALiBi, or for RoPE."""
+    if family.alibi_max_bias:
+        return {"alibi_max_bias": fields.number("attention.max_alibi_bias", family.alibi_max_bias)}
+    return {
+        "rope_theta": fields.number("rope.freq_base", 10000.0, above=1.0),
+        "rope_scaling": _rope_scaling(fields, has_factors),
+        "rope_style": family.gguf_rope_style,
+        "rotary_dim": fields.integer("rope.dimension_count", head_dim),
+    }
 
 
 def _uniform(value: Any) -> Any:

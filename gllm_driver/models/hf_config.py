@@ -5,13 +5,14 @@ The reference for what each key means, and for the value of an absent one, is th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .arch import Activation, Arch, RopeScaling
 from .families import Bias, Family, checked, family_of_config
 from .fields import MAX_LAYERS, Fields
+from .hf_alibi import arch_of_bloom, arch_of_mpt
 from .rope import yarn_attention_factor
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -58,6 +59,8 @@ _ROPE_KEYS = {
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
     *("truncate", "finetuned"),
 }
+Reader = Callable[[Fields, Family, Collection[str]], Arch]
+_READERS: dict[str, Reader] = {"mpt": arch_of_mpt, "bloom": arch_of_bloom}  # families with keys of their own
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -80,6 +83,12 @@ def arch_of_config(config: Mapping[str, Any], tensor_names: Collection[str], pat
             "use the unquantized model or a GGUF file",
         )
     fields.refuse(_NEUTRAL)
+    read = _READERS.get(family.name, _arch_of_llama)
+    return checked(read(fields, family, tensor_names), path)
+
+
+def _arch_of_llama(fields: Fields, family: Family, tensor_names: Collection[str]) -> Arch:
+    """Llama's keys, which most families have taken over."""
     hidden_act = fields.text("hidden_act", "silu")
     if hidden_act not in ACTIVATIONS:
         raise fields.wrong("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
@@ -98,32 +107,29 @@ def arch_of_config(config: Mapping[str, Any], tensor_names: Collection[str], pat
     def has_bias(rule: Bias) -> bool:
         return rule == "always" or (rule != "never" and fields.flag(rule, False))
 
-    return checked(
-        Arch(
-            family=family.name,
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size"),
-            num_layers=num_layers,
-            num_heads=num_heads,
-            # Only an absent key takes the family's default; null means as many as query heads.
-            num_kv_heads=fields.integer("num_key_value_heads", num_heads),
-            head_dim=head_dim,
-            context_length=context_length,
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=rope.number("rope_theta", 10000.0, above=1.0),
-            rope_scaling=scaling,
-            rope_style="neox",
-            rotary_dim=int(head_dim * rope.number("partial_rotary_factor", 1.0)),
-            qkv_bias=has_bias(family.qkv_bias),
-            o_bias=has_bias(family.o_bias),
-            mlp_bias=has_bias(family.mlp_bias),
-            qk_norm=family.qk_norm,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", False) or "lm_head.weight" not in tensor_names,
-            activation=ACTIVATIONS[hidden_act],
-            sliding_windows=_sliding_windows(fields, layer_types),
-        ),
-        path,
+    return Arch(
+        family=family.name,
+        vocab_size=fields.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        # Only an absent key takes the family's default; null means as many as query heads.
+        num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+        head_dim=head_dim,
+        context_length=context_length,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope_theta=rope.number("rope_theta", 10000.0, above=1.0),
+        rope_scaling=scaling,
+        rope_style="neox",
+        rotary_dim=int(head_dim * rope.number("partial_rotary_factor", 1.0)),
+        qkv_bias=has_bias(family.qkv_bias),
+        o_bias=has_bias(family.o_bias),
+        mlp_bias=has_bias(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        tie_word_embeddings=fields.flag("tie_word_embeddings", False) or "lm_head.weight" not in tensor_names,
+        activation=ACTIVATIONS[hidden_act],
+        sliding_windows=_sliding_windows(fields, layer_types),
     )
 
 

@@ -16,7 +16,7 @@ from gllm_driver.models.arch import Arch, RopeScaling, tensor_slots
 from gllm_driver.models.families import FAMILIES
 from gllm_driver.models.gguf_keys import arch_of_gguf
 from gllm_driver.models.hf_config import arch_of_config
-from gllm_driver.models.names import GGUF_NAMES, HF_NAMES, match_slots
+from gllm_driver.models.names import BLOOM_NAMES, GGUF_FUSED_NAMES, GGUF_NAMES, HF_NAMES, MPT_NAMES, match_slots
 from gllm_driver.types import F32, Q8_0, DType
 
 PATH = Path("config.json")
@@ -38,7 +38,7 @@ LLAMA = Arch(
     num_kv_heads=2,
     head_dim=16,
     context_length=256,
-    rms_norm_eps=1e-5,
+    norm_eps=1e-5,
     rope_theta=10000.0,
     rotary_dim=16,
 )
@@ -226,7 +226,7 @@ def test_refused_layer_settings(changes: dict[str, Any], problem: str) -> None:
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if not family.alibi_max_bias])
 def test_absent_keys_take_the_defaults_of_transformers(family: str) -> None:
     import transformers
 
@@ -243,7 +243,7 @@ def test_absent_keys_take_the_defaults_of_transformers(family: str) -> None:
         arch = arch_of_config({"model_type": family, **sizes, **given}, HEAD, PATH)
         assert arch.num_kv_heads == reference.num_key_value_heads
         assert arch.head_dim == (getattr(reference, "head_dim", None) or 64 // 32)
-        assert arch.rms_norm_eps == reference.rms_norm_eps
+        assert arch.norm_eps == reference.rms_norm_eps
         assert arch.rope_theta == reference.rope_parameters["rope_theta"]
         assert arch.tie_word_embeddings == reference.tie_word_embeddings
         types = getattr(reference, "layer_types", None)
@@ -251,6 +251,106 @@ def test_absent_keys_take_the_defaults_of_transformers(family: str) -> None:
             types = ["sliding_attention" if getattr(reference, "sliding_window", None) else "full_attention"] * 2
         windows = tuple(reference.sliding_window if kind == "sliding_attention" else 0 for kind in types)
         assert (arch.sliding_windows or (0, 0)) == windows
+
+
+# -- ALiBi: MPT and BLOOM ---------------------------------------------------------------------------------------------
+
+MPT_CONFIG: dict[str, Any] = {
+    "architectures": ["MPTForCausalLM"],
+    "model_type": "mpt",
+    "d_model": 48,
+    "n_heads": 6,
+    "n_layers": 2,
+    "expansion_ratio": 3,
+    "max_seq_len": 256,
+    "vocab_size": 96,
+    "attn_config": {"alibi": True, "alibi_bias_max": 16, "clip_qkv": None, "attn_type": "multihead_attention"},
+}
+MPT = Arch(
+    family="mpt",
+    vocab_size=96,
+    hidden_size=48,
+    intermediate_size=144,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=6,
+    head_dim=8,
+    context_length=256,
+    norm="layer",
+    norm_eps=1e-5,
+    alibi_max_bias=16.0,
+    gated_mlp=False,
+    activation="gelu",
+    tie_word_embeddings=True,
+)
+BLOOM = replace(
+    MPT,
+    family="bloom",
+    intermediate_size=192,
+    norm_bias=True,
+    embed_norm=True,
+    alibi_max_bias=8.0,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    activation="gelu_tanh",
+)
+
+
+def mpt(names: Any = (), attn_config: Any = (), **changes: Any) -> Arch:
+    settings = {**MPT_CONFIG["attn_config"], **dict(attn_config)}
+    return arch_of_config({**MPT_CONFIG, "attn_config": settings, **changes}, names, PATH)
+
+
+def test_mpt() -> None:
+    assert mpt() == MPT
+    assert mpt(attn_config={"alibi_bias_max": None}) == replace(MPT, alibi_max_bias=8.0)
+    assert mpt(["transformer.blocks.0.attn.Wqkv.bias", "transformer.norm_f.bias"]) == replace(MPT, qkv_bias=True)
+    assert mpt(["blocks.0.norm_1.bias", "blocks.0.ffn.down_proj.bias"]) == replace(MPT, norm_bias=True, mlp_bias=True)
+
+
+def test_bloom_in_both_spellings() -> None:
+    old = {"n_embed": 48, "num_attention_heads": 6, "n_layer": 2, "vocab_size": 96, "seq_length": 256}
+    new = {"hidden_size": 48, "n_head": 6, "num_hidden_layers": 2, "vocab_size": 96, "seq_length": 256}
+    for config in (old, new):
+        assert arch_of_config({"architectures": ["BloomForCausalLM"], **config}, (), PATH) == BLOOM
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"attn_config": {"alibi": False}}, "attn_config.alibi is False: that changes the computation"),
+        ({"attn_config": {"clip_qkv": 6.0}}, "attn_config.clip_qkv is 6.0"),
+        ({"attn_config": {"qk_ln": True}}, "attn_config.qk_ln is True"),
+        ({"attn_config": {"attn_type": "multiquery_attention"}}, "attn_config.attn_type is multiquery_attention"),
+        ({"attn_config": {"softmax_scale": 0.1}}, "attn_config.softmax_scale is 0.1"),
+        ({"attn_config": {"alibi_bias_max": 0}}, "attn_config.alibi_bias_max must be a number > 0"),
+        ({"logit_scale": "inv_sqrt_d_model"}, "logit_scale is inv_sqrt_d_model"),
+        ({"d_model": 50}, "hidden size of 50 is no multiple of 6 attention heads"),
+    ],
+)
+def test_refused_mpt_settings(changes: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ModelFormatError, match=problem):
+        mpt(**changes)
+
+
+def test_refused_bloom_settings() -> None:
+    config = {"architectures": ["BloomForCausalLM"], "n_embed": 48, "apply_residual_connection_post_layernorm": True}
+    with pytest.raises(ModelFormatError, match="apply_residual_connection_post_layernorm is True"):
+        arch_of_config(config, (), PATH)
+
+
+@pytest.mark.oracle
+def test_absent_keys_of_alibi_families_take_the_defaults_of_transformers() -> None:
+    import transformers
+
+    for family in (name for name, family in FAMILIES.items() if family.alibi_max_bias):
+        reference = transformers.AutoConfig.for_model(family)
+        arch = arch_of_config({"model_type": family}, (), PATH)
+        assert (arch.hidden_size, arch.num_heads) == (reference.hidden_size, reference.num_attention_heads)
+        assert (arch.num_layers, arch.vocab_size) == (reference.num_hidden_layers, reference.vocab_size)
+        assert arch.norm_eps == reference.layer_norm_epsilon
+        assert arch.tie_word_embeddings == reference.tie_word_embeddings
 
 
 # -- GGUF keys -------------------------------------------------------------------------------------------------------
@@ -361,6 +461,25 @@ def test_names_are_those_of_the_gguf_package() -> None:
     for slot in tensor_slots(replace(FULL, rope_scaling=RopeScaling())):
         stem, suffix = HF_NAMES.of(slot).rsplit(".", 1)
         assert f"{known.get_name(stem)}.{suffix}" == GGUF_NAMES.of(slot)
+
+
+@pytest.mark.parametrize("table", [MPT_NAMES, BLOOM_NAMES, GGUF_FUSED_NAMES], ids=lambda table: table.convention)
+@pytest.mark.parametrize("has_prefix", [True, False])
+def test_queries_keys_and_values_share_a_tensor(table: Any, has_prefix: bool) -> None:
+    arch = MPT if table is MPT_NAMES else BLOOM
+    names = {slot: table.of(slot) for slot in tensor_slots(arch)}
+    if not has_prefix:
+        names = {slot: name.removeprefix(table.prefix) for slot, name in names.items()}
+    stored: dict[str, Stored] = {}
+    for slot, (rows, *rest) in tensor_slots(arch).items():
+        before = stored[names[slot]].shape[0] if names[slot] in stored else 0
+        stored[names[slot]] = Stored((before + rows, *rest))
+    fused = [name for name, tensor in stored.items() if tensor.shape[0] == 3 * 48]
+    assert len(fused) == arch.num_layers * (2 if arch.qkv_bias else 1) + (table is MPT_NAMES) * 2  # and ffn.up_proj
+    assert match_slots(arch, table.fitting(stored), stored, PATH) == names
+    stored[names["layers.1.k"]] = Stored((2 * 48, 48))
+    with pytest.raises(ModelFormatError, match=r"has shape \[96, 48\], expected \[144, 48\]"):
+        match_slots(arch, table.fitting(stored), stored, PATH)
 
 
 def stored_hf(**changes: Any) -> dict[str, Stored]:

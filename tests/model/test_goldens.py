@@ -15,9 +15,18 @@ import gllm_driver as gllm
 
 ROWS = [pytest.param(row, id=row.name) for row in tiny_models.ROWS]
 GGUF_ROWS = [pytest.param(row, id=row.name) for row in tiny_models.ROWS if row.gguf]
-HALF_ROWS = ("llama3_gqa", "llama31_nested", "qwen25_tied", "qwen3_flat", "mistral_window", "odd_llama")
-# Rows of whole 32s, as block types need: rotated rows interleaved in GGUF and a head of its own; neither.
-QUANTIZED_ROWS = ("llama3_gqa", "qwen3_tied")
+HALF_ROWS = (
+    "mpt",
+    "bloom_twelve_heads",
+    "llama3_gqa",
+    "llama31_nested",
+    "qwen25_tied",
+    "qwen3_flat",
+    "mistral_window",
+    "odd_llama",
+)
+# Rows of whole 32s, as block types need: rotated rows interleaved in GGUF and a head of its own; neither; ALiBi.
+QUANTIZED_ROWS = ("llama3_gqa", "qwen3_tied", "mpt", "bloom")
 
 F32_BOUND = 1e-4
 POSITIONS = list(goldens.POSITIONS)
@@ -67,6 +76,10 @@ def _with_rope(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     return lambda config: config["rope_parameters"].update({key: value})
 
 
+def _with_attention(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda config: config["attn_config"].update({key: value})
+
+
 MISREADINGS = [
     ("llama2_mha", _with("rope_theta", 500000.0)),
     ("llama3_gqa", _with("rope_theta", 10000.0)),
@@ -91,6 +104,10 @@ MISREADINGS = [
     ("mistral_window", _with("sliding_window", 17)),
     ("mistral_window", _with("sliding_window", 15)),
     ("mqa", _with("rms_norm_eps", 1e-6)),
+    ("mpt", _with_attention("alibi_bias_max", 4)),
+    ("mpt_six_heads", _with_attention("alibi_bias_max", 16)),
+    ("mpt", _with("layer_norm_epsilon", 1e-2)),
+    ("bloom", _with("layer_norm_epsilon", 1e-2)),
 ]
 
 

@@ -10,7 +10,7 @@ import gguf
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import numpy_model, tiny_models, to_gguf
+from oracle import alibi_models, numpy_model, tiny_models, to_gguf
 
 from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.models.checkpoint import Checkpoint
@@ -30,13 +30,29 @@ def _to_f32(tensor: Tensor) -> np.ndarray:
     return data.view(_NUMPY[tensor.dtype.name]).astype(np.float32).reshape(tensor.shape)
 
 
+def _check_alibi_arch(row: tiny_models.Row, checkpoint: Checkpoint) -> None:
+    arch, is_bloom = checkpoint.arch, row.family == "bloom"
+    *sizes, kv_heads = row.sizes
+    assert [arch.vocab_size, arch.hidden_size, arch.intermediate_size, arch.num_layers, arch.num_heads] == sizes
+    assert (arch.num_kv_heads, arch.head_dim, arch.rotary_dim) == (kv_heads, sizes[1] // sizes[4], 0)
+    assert (arch.norm, arch.norm_bias, arch.embed_norm, arch.gated_mlp) == ("layer", is_bloom, is_bloom, False)
+    assert arch.norm_eps == pytest.approx(1e-5)
+    assert (arch.qkv_bias, arch.o_bias, arch.mlp_bias) == (is_bloom,) * 3
+    assert (arch.activation, arch.alibi_max_bias) == ("gelu_tanh" if is_bloom else "gelu", 8.0)
+    assert arch.tie_word_embeddings
+    assert arch.context_length == 512
+
+
 def _check_arch(row: tiny_models.Row, checkpoint: Checkpoint) -> None:
+    if row.family in alibi_models.FAMILIES:
+        _check_alibi_arch(row, checkpoint)
+        return
     config, arch = tiny_models.config(row), checkpoint.arch
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     *sizes, kv_heads = row.sizes
     assert [arch.vocab_size, arch.hidden_size, arch.intermediate_size, arch.num_layers, arch.num_heads] == sizes
     assert (arch.num_kv_heads, arch.head_dim, arch.rotary_dim) == (kv_heads, head_dim, head_dim)
-    assert arch.rms_norm_eps == pytest.approx(config["rms_norm_eps"], rel=1e-6)
+    assert arch.norm_eps == pytest.approx(config["rms_norm_eps"], rel=1e-6)
     assert arch.tie_word_embeddings is config.get("tie_word_embeddings", False)
     assert [arch.window(i) for i in range(arch.num_layers)] == [
         numpy_model.window(config, i) or 0 for i in range(arch.num_layers)
@@ -48,15 +64,25 @@ def _check_arch(row: tiny_models.Row, checkpoint: Checkpoint) -> None:
     assert found_factor == pytest.approx(expected_factor, rel=1e-6)
 
 
+def _part(row: tiny_models.Row, slot: str, stored: np.ndarray, *, by_head: bool) -> np.ndarray:
+    """What the slot should hold of the tensor it lies in: all of it, or a third of the rows (of each head)."""
+    part = slot.rsplit(".")[-1].removesuffix("_bias")
+    if row.family not in alibi_models.FAMILIES or part not in ("q", "k", "v"):
+        return stored
+    groups = stored.reshape(row.sizes[4] if by_head else 1, 3, -1, *stored.shape[1:])
+    return groups[:, "qkv".index(part)].reshape(-1, *stored.shape[1:])
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_directory(row: tiny_models.Row, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_models.build(row, tmp_path / "model"))
     _check_arch(row, checkpoint)
     weights = tiny_models.weights(row)
-    assert sorted(checkpoint.sources.values()) == sorted(weights)
+    assert set(checkpoint.sources.values()) == set(weights)
     for slot, name in checkpoint.sources.items():
         assert checkpoint.tensors[slot].dtype.name == row.dtype
-        np.testing.assert_array_equal(_to_f32(checkpoint.tensors[slot]), weights[name].astype(np.float32), name)
+        expected = _part(row, slot, weights[name].astype(np.float32), by_head=row.family == "bloom")
+        np.testing.assert_array_equal(_to_f32(checkpoint.tensors[slot]), expected, name)
 
 
 @pytest.mark.parametrize("row", GGUF_ROWS)
@@ -66,7 +92,8 @@ def test_gguf(row: tiny_models.Row, tmp_path: Path) -> None:
     stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(checkpoint.path).tensors}
     assert set(checkpoint.sources.values()) == set(stored)
     for slot, name in checkpoint.sources.items():
-        np.testing.assert_array_equal(_to_f32(checkpoint.tensors[slot]), stored[name], name)
+        expected = _part(row, slot, stored[name], by_head=False)
+        np.testing.assert_array_equal(_to_f32(checkpoint.tensors[slot]), expected, name)
 
 
 @pytest.mark.parametrize("file_type", ["f16", "bf16", "q8_0", "q4_0"])

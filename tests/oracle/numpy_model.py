@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from . import alibi_models
+
 Config = Mapping[str, Any]
 Weights = Mapping[str, np.ndarray]
 Rounding = Callable[[np.ndarray], np.ndarray]
@@ -111,6 +113,8 @@ def logits(
 ) -> np.ndarray:
     """Float64 [T, vocab] for `tokens`. `round_activations` (rows in, rows out) is applied to the input of every matrix
     product with weights: it models an engine that quantizes activations, to know how much error that costs."""
+    if config["model_type"] in alibi_models.FAMILIES:
+        return alibi_models.logits(config, weights, tokens, round_activations)
     w = {name: np.asarray(array, dtype=np.float64) for name, array in weights.items()}
     eps, num_heads = config["rms_norm_eps"], config["num_attention_heads"]
     num_kv_heads = config.get("num_key_value_heads") or num_heads

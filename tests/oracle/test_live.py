@@ -14,15 +14,17 @@ import pytest
 
 import gllm_driver as gllm
 
-from . import goldens, numpy_model, tiny_models, to_gguf
+from . import alibi_models, goldens, numpy_model, tiny_models, to_gguf
 
 pytestmark = pytest.mark.oracle
 
 ROWS = [pytest.param(row, id=row.name) for row in tiny_models.ROWS]
 LLAMA_CPP_ROWS = [pytest.param(row, id=row.name) for row in tiny_models.ROWS if row.gguf and row.llama_cpp]
+ALIBI_ROWS = [pytest.param(row, id=row.name) for row in tiny_models.ROWS if row.family in alibi_models.FAMILIES]
 QUANTIZED_ROWS = ("llama3_gqa", "qwen3_tied", "qwen3_flat", "mistral_wide_heads")  # sizes of whole 32s
 
 F32_BOUND = 1e-4
+F16_GELU_BOUND = 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,16 @@ def test_llama_cpp_reads_our_gguf_as_transformers_reads_the_directory(
         greedy = llama_cpp_oracle.greedy(theirs, tiny_models.prompt(row), tiny_models.NUM_GREEDY)
     goldens.check_close(logits[list(goldens.POSITIONS)], golden.logits, 2e-5, row.name)
     assert greedy == golden.greedy
+
+
+@pytest.mark.parametrize("row", ALIBI_ROWS)
+def test_alibi_against_llama_cpp(row: tiny_models.Row, llama_cpp_oracle: ModuleType, tmp_path: Path) -> None:
+    # It takes GELU in the tanh form, from a table of f16 values, for every model: off by up to 2^-11 of each.
+    path, tokens = to_gguf.convert(row, tmp_path / "model.gguf"), _sequence(row)
+    with llama_cpp_oracle.load(path) as theirs, gllm.load(path, device="cpu", dtype="f32") as llm:
+        goldens.check_close(llm.logits(tokens), llama_cpp_oracle.logits(theirs, tokens), F16_GELU_BOUND, row.name)
+        greedy = llama_cpp_oracle.greedy(theirs, tiny_models.prompt(row), tiny_models.NUM_GREEDY)
+        assert _engine_greedy(llm, row) == greedy
 
 
 @pytest.mark.parametrize("row", LLAMA_CPP_ROWS)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
+from . import alibi_models
+
 Config = dict[str, Any]
 Weights = dict[str, np.ndarray]
 
@@ -52,7 +54,7 @@ class Row:
     """One tiny model. `sizes` is (vocab, hidden, ffn, layers, heads, kv heads)."""
 
     name: str
-    family: Literal["llama", "mistral", "qwen2", "qwen3"]
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "mpt", "bloom"]
     seed: int
     sizes: tuple[int, int, int, int, int, int]
     rope: Config = field(default_factory=dict)  # rope_theta, and the scaling's own keys
@@ -221,6 +223,11 @@ ROWS: tuple[Row, ...] = (
         extra={"tie_word_embeddings": True},
         num_shards=2,
     ),
+    # -- ALiBi: head counts that are a power of two, and that are none. llama.cpp reads its GELU from a table of f16.
+    Row("mpt", "mpt", 165, (256, 64, 256, 2, 4, 4), llama_cpp=False),
+    Row("mpt_six_heads", "mpt", 16, (288, 96, 384, 3, 6, 6), dtype="bf16", llama_cpp=False),
+    Row("bloom", "bloom", 365, (256, 64, 256, 2, 4, 4), llama_cpp=False),
+    Row("bloom_twelve_heads", "bloom", 513, (320, 96, 384, 2, 12, 12), dtype="f16", num_shards=2, llama_cpp=False),
 )
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -232,6 +239,8 @@ NUM_GREEDY = 16
 def config(row: Row) -> Config:
     """The row's config.json, with the keys in the convention the row asks for."""
     vocab, hidden, ffn, layers, heads, kv_heads = row.sizes
+    if row.family in alibi_models.FAMILIES:
+        return {**alibi_models.config(row.family, row.sizes), "torch_dtype": _TORCH_NAMES[row.dtype], **row.extra}
     out: Config = {
         **_FAMILIES[row.family],
         "vocab_size": vocab,
@@ -263,6 +272,8 @@ def config(row: Row) -> Config:
 
 
 def _tensor_shapes(row: Row) -> dict[str, tuple[int, ...]]:
+    if row.family in alibi_models.FAMILIES:
+        return alibi_models.tensor_shapes(row.family, row.sizes)
     vocab, hidden, ffn, layers, heads, kv_heads = row.sizes
     head_dim = row.extra.get("head_dim") or hidden // heads
     q_size, kv_size = heads * head_dim, kv_heads * head_dim
@@ -307,13 +318,17 @@ def _scaled(name: str, u: np.ndarray) -> np.ndarray:
     """Scales under which every part of the model matters: attention is far from uniform (a wrong rotation shows), the
     layers outweigh the embedding (tied models do not just repeat their input), and norm weights and biases are not
     near one or zero."""
-    if name.endswith("norm.weight"):
-        return 1.0 + 0.3 * u
+    if "word_embeddings_layernorm" in name:  # what enters the layers, as the embeddings of other models do
+        return 0.1 + 0.05 * u if name.endswith(".weight") else 0.05 * u
     if name.endswith(".bias"):
         return 0.4 * u
+    if u.ndim == 1:
+        return 1.0 + 0.3 * u
+    if name.endswith(("wte.weight", "word_embeddings.weight")):
+        return 0.1 * u
     if "embed_tokens" in name:
         return 0.25 * u
-    gain = 1.3 if "q_proj" in name or "k_proj" in name else 1.0
+    gain = 1.3 if "q_proj" in name or "k_proj" in name else 1.6 if "Wqkv" in name or "query_key_value" in name else 1.0
     return u * (gain / math.sqrt(u.shape[1]))
 
 

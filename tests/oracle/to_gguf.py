@@ -11,7 +11,7 @@ from typing import Literal
 import gguf
 import numpy as np
 
-from . import numpy_model, tiny_models
+from . import alibi_models, numpy_model, tiny_models
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
 
@@ -22,11 +22,19 @@ _GGML_TYPES = {
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
     "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
 }
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {
+    **{"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"},
+    **{family: family for family in alibi_models.FAMILIES},
+}
 _GLOBAL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.norm_f": "output_norm",
+    "transformer.word_embeddings": "token_embd",
+    "transformer.word_embeddings_layernorm": "token_embd_norm",
+    "transformer.ln_f": "output_norm",
 }
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
@@ -40,6 +48,16 @@ _LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "norm_1": "attn_norm",
+    "attn.Wqkv": "attn_qkv",
+    "attn.out_proj": "attn_output",
+    "norm_2": "ffn_norm",
+    "ffn.up_proj": "ffn_up",
+    "ffn.down_proj": "ffn_down",
+    "self_attention.query_key_value": "attn_qkv",
+    "self_attention.dense": "attn_output",
+    "mlp.dense_h_to_4h": "ffn_up",
+    "mlp.dense_4h_to_h": "ffn_down",
 }
 
 
@@ -71,6 +89,32 @@ def _interleave(array: np.ndarray, heads: int) -> np.ndarray:
 def _halves(array: np.ndarray, heads: int) -> np.ndarray:
     """The inverse of _interleave."""
     return array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+
+
+def _by_part(array: np.ndarray, heads: int) -> np.ndarray:
+    """[H * 3 * Dh, ...], head after head with its Q, K and V (BLOOM) → all Q, all K, all V, as GGUF has them."""
+    return array.reshape(heads, 3, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def _by_head(array: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of _by_part."""
+    return array.reshape(3, heads, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def _add_alibi_metadata(writer: gguf.GGUFWriter, row: tiny_models.Row) -> None:
+    config = tiny_models.config(row)
+    vocab, hidden, ffn, layers, heads, _ = row.sizes
+    writer.add_name(row.name)
+    writer.add_vocab_size(vocab)
+    writer.add_context_length(512)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(ffn)
+    writer.add_block_count(layers)
+    writer.add_head_count(heads)
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+    if row.family == "mpt":
+        writer.add_max_alibi_bias(config["attn_config"]["alibi_bias_max"])
+    writer.add_string("tokenizer.ggml.model", "no_vocab")
 
 
 def _add_metadata(writer: gguf.GGUFWriter, row: tiny_models.Row, head_dim: int) -> None:
@@ -133,13 +177,18 @@ def convert(row: tiny_models.Row, path: Path, file_type: FileType = "f32") -> Pa
     head_dim = row.extra.get("head_dim") or row.sizes[1] // heads
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[row.family])
     writer.add_file_type(llama_file_type)
-    _add_metadata(writer, row, head_dim)
-    _add_rope(writer, row, head_dim)
+    if row.family in alibi_models.FAMILIES:
+        _add_alibi_metadata(writer, row)
+    else:
+        _add_metadata(writer, row, head_dim)
+        _add_rope(writer, row, head_dim)
     block_size, _ = gguf.GGML_QUANT_SIZES[ggml_type]
     for name, stored in tiny_models.weights(row).items():
         array = stored.astype(np.float32)
         if rotated := _rotated_heads(row, name):
             array = _interleave(array, rotated)
+        if ".query_key_value." in name:
+            array = _by_part(array, heads)
         if array.ndim == 1 or file_type == "f32":
             writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
             continue
@@ -164,4 +213,6 @@ def dequantized(row: tiny_models.Row, path: Path) -> tiny_models.Weights:
         array = np.array(found[gguf_name(name)], dtype=np.float32)
         rotated = _rotated_heads(row, name)
         out[name] = _halves(array, rotated) if rotated else array
+        if ".query_key_value." in name:
+            out[name] = _by_head(array, row.sizes[4])
     return out
