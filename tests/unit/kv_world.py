@@ -69,10 +69,10 @@ class World:
         self.computed[seq_id] = self.kv.open(seq_id, tokens)
         return self.computed[seq_id]
 
-    def compute(self, seq_id: int, num_tokens: int) -> bool:
+    def compute(self, seq_id: int, num_tokens: int, running: Sequence[int] = ()) -> bool:
         """Compute up to `num_tokens` tokens in total, if room can be had; the sequence must be on the device."""
         before = len(self.kv.pages(seq_id))
-        if not self.kv.reserve(seq_id, num_tokens, (seq_id,)):
+        if not self.kv.reserve(seq_id, num_tokens, running):
             return False
         self.kv.touch((seq_id,))
         pages = self.kv.pages(seq_id)
