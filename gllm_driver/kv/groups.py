@@ -33,6 +33,7 @@ class Group:
     pages: list[int] = field(default_factory=list)  # of the blocks, while resident
     is_resident: bool = True
     is_pinned: bool = False
+    was_missed: bool = False  # not on the device when it was wanted; until the access it was wanted for
     num_tokens: int = 0  # reserved
     num_indexed: int = 0  # leading blocks whose tokens are in the prefix index
     tail: PrefixNode | None = None  # node of the last of them

@@ -186,6 +186,7 @@ class KvManager:
             self._blocks[page] = block
         self._leave_host(group)
         group.is_resident = True
+        group.was_missed = True
         group.pages = _pages_of(group.blocks)
         group.state.swapped_in(now)
         counters = self._counters
@@ -429,8 +430,8 @@ class KvManager:
         last = group.state.last_access
         if last is not None and now - last <= self.config.working_set_window:
             self._counters.working_set_accesses += 1
-            swap_in_time = group.state.swap_in_time
-            self._counters.working_set_hits += swap_in_time is None or swap_in_time <= last
+            self._counters.working_set_hits += not group.was_missed
+        group.was_missed = False
 
     @contextmanager
     def _held(self, blocks: Sequence[Block]) -> Iterator[None]:

@@ -6,6 +6,7 @@ pages as it has. A step costs O(sequences), not O(pages).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -23,20 +24,21 @@ class _Place:
 class ReuseDistance:
     """Distinct pages accessed between the last two accesses of a group (IRR), and since the last one.
 
-    The groups lie in a bounded number of buckets by age, and only the buckets' weights are added up (the ageing buckets
-    of Mimir, Saemundsson et al., SoCC 2014): exact for the most recent buckets while groups are larger than a bucket,
-    within one bucket's weight otherwise.
+    The groups lie in at most `NUM_BUCKETS` buckets by the time of their last access, and only the buckets' weights are
+    added up (after the ageing buckets of Mimir, Saemundsson et al., SoCC 2014). Empty buckets vanish; when there are
+    too many, the two lightest neighbours merge, so none outgrows 2 / (NUM_BUCKETS − 1) of all pages unless a single
+    group does, and a distance is off by half of that at most. With few groups each has its own, and it is exact.
     """
 
     def __init__(self) -> None:
         self._places: dict[int, _Place] = {}
-        self._weights = [0]  # of the buckets, oldest first
-        self._newest = 0  # number of the last bucket; they are numbered as they are opened
+        self._starts = [0]  # oldest first: a bucket holds the places numbered from its start up to the next one's
+        self._weights = [0]
         self.total = 0  # weight of all groups
 
     def add(self, group: int, weight: int) -> None:
         """A group that has not been accessed yet; it counts as the oldest."""
-        self._places[group] = _Place(self._newest - len(self._weights) + 1, weight)
+        self._places[group] = _Place(0, weight)
         self._weights[0] += weight
         self.total += weight
 
@@ -57,14 +59,19 @@ class ReuseDistance:
         if place.was_accessed:
             place.irr = self._distance(place, index)
         place.was_accessed = True
-        self._weights[index] -= place.weight
-        if self._weights[-1] * NUM_BUCKETS >= self.total:
-            self._weights.append(0)
-            self._newest += 1
-            if len(self._weights) > NUM_BUCKETS:
-                self._weights[1] += self._weights.pop(0)
-        self._weights[-1] += place.weight
-        place.bucket = self._newest
+        starts, weights = self._starts, self._weights
+        weights[index] -= place.weight
+        number = starts[-1]
+        if weights[-1] * NUM_BUCKETS >= self.total:
+            number += 1
+            starts.append(number)
+            weights.append(0)
+        weights[-1] += place.weight
+        place.bucket = number
+        if 0 < index < len(weights) - 1 and not weights[index]:
+            self._merge(index)
+        elif len(weights) > NUM_BUCKETS:
+            self._merge(min(range(1, len(weights) - 1), key=lambda i: weights[i - 1] + weights[i]))
 
     def recency(self, group: int) -> int:
         """The larger of IRR and the pages accessed since, as LIRS compares them; all pages before a second access."""
@@ -73,8 +80,14 @@ class ReuseDistance:
             return self.total
         return max(place.irr, self._distance(place, self._index(place)))
 
+    def _merge(self, index: int) -> None:
+        """Merge a bucket into the one before it."""
+        del self._starts[index]
+        weight = self._weights.pop(index)
+        self._weights[index - 1] += weight
+
     def _index(self, place: _Place) -> int:
-        return max(0, place.bucket - self._newest + len(self._weights) - 1)
+        return bisect_right(self._starts, place.bucket) - 1
 
     def _distance(self, place: _Place, index: int) -> int:
         beside = (self._weights[index] - place.weight) // 2  # of those in its own bucket, half came later
@@ -123,6 +136,11 @@ class LirClock:
         self._total -= entry.weight
         self._hot_weight -= entry.weight * entry.hot
 
+    @property
+    def lir_weight(self) -> int:
+        """Pages of the LIR groups."""
+        return self._hot_weight
+
     def is_lir(self, group: int) -> bool:
         return self._entries[group].hot
 
@@ -130,8 +148,7 @@ class LirClock:
         entry = self._entries[group]
         if entry.hot:
             entry.referenced = True
-            return
-        if entry.in_test:
+        elif entry.in_test:
             entry.in_test = False
             entry.hot = True
             self._hot_weight += entry.weight
@@ -139,7 +156,8 @@ class LirClock:
         else:
             entry.in_test = True
             self._ring[group] = entry
-        self._advance()
+        if self._hot_weight > self._lir_ratio * self._total:
+            self._advance()
 
     def _advance(self) -> None:
         """Move the hand until the hot groups fit and the oldest in the ring is hot."""
@@ -148,12 +166,10 @@ class LirClock:
             group, entry = next(iter(self._ring.items()))
             if entry.hot and self._hot_weight <= capacity:
                 return
-            if entry.hot and entry.referenced:
+            if entry.referenced:
                 entry.referenced = False
                 self._ring.move_to_end(group)
                 continue
-            if not entry.hot and not self._hot_weight:
-                return  # nothing hot yet to measure a test period against
             del self._ring[group]
             entry.in_test = False
             if entry.hot:
