@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .backends.base import Backend, KvCacheHandle, WeightsHandle
+from .backends.base import Backend, DecodeRow, KvCacheHandle, WeightsHandle
 from .config import KvCacheConfig, SamplingConfig
 from .errors import BackendError, CapacityError, RequestError
 from .kv.pages import PagePool
@@ -98,10 +98,9 @@ class Engine:
                 return
             start = time.perf_counter()
             if loop is None:
-                sequence = SequenceInput([token], len(prompt), pages)
-                seen = [*prompt, token] if request.sampling.has_penalties else ()
-                loop = self.backend.start_decode(self.weights, self.kv, sequence, request.sampling, seen)
-            token = loop.step()
+                row = DecodeRow(token, len(prompt), pages, request.sampling, prompt, progress.tokens)
+                loop = self.backend.start_decode(self.weights, self.kv, [row])
+            token = loop.step()[0]
             progress.decode_s += time.perf_counter() - start
             progress.decode_steps += 1
 
@@ -115,8 +114,7 @@ class Engine:
         logits = backend.generator_forward_gpu_pure(
             self.weights, self.kv, SequenceInput(prompt[position:], position, pages)
         )
-        seen = prompt if request.sampling.has_penalties else ()
-        return backend.sample_from_tensor(logits, request.sampling, position=len(prompt) - 1, seen=seen)
+        return backend.sample_from_tensor(logits, request.sampling, position=len(prompt) - 1, prompt=prompt)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of a sequence: f32 [T, vocab]."""

@@ -177,6 +177,7 @@ class SequenceInput:
     tokens: Sequence[int]
     position: int
     pages: Sequence[int]  # the sequence's KV pages in order: enough for position + len(tokens) tokens
+    wants_logits: bool = True  # False: a prefill chunk that is not the last, which only fills the KV cache
 
 
 @dataclass(frozen=True)
