@@ -24,7 +24,7 @@ CONFIGS = (
 
 @pytest.fixture(scope="module")
 def llm() -> Iterator[gllm.LLM]:
-    with gllm.load(device="cpu", context_length=1024) as model:
+    with gllm.load(device="cpu", context_length=1024, max_batch=1, prefix_reuse=False) as model:
         yield model
 
 
