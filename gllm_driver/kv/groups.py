@@ -8,6 +8,8 @@ from typing import Any
 from .prefix import PrefixNode
 from .states import GroupState
 
+THRASH_S = 0.1  # a swap-out so soon after the swap-in of the same sequence was for nothing
+
 
 @dataclass(eq=False, slots=True)
 class Block:
@@ -48,7 +50,7 @@ class Counters:
     groups_swapped_in: int = 0
     pages_swapped_out: int = 0
     pages_swapped_in: int = 0
-    num_thrashed: int = 0  # swapped out within the warm-up duration of a swap-in
+    num_thrashed: int = 0  # swapped out within THRASH_S of a swap-in
     swap_out_s: float = 0.0
     swap_in_s: float = 0.0
     num_swap_outs: int = 0  # copies asked of the backend
@@ -81,7 +83,7 @@ class KvStats:
 
     @property
     def thrash_rate(self) -> float:
-        """Share of the swap-outs that follow a swap-in of the same sequence within the warm-up duration."""
+        """Share of the swap-outs that follow a swap-in of the same sequence within 100 ms."""
         return _share(self.counters.num_thrashed, self.counters.groups_swapped_out)
 
     @property

@@ -13,7 +13,7 @@ from typing import Protocol
 from ..config import SwapConfig
 from ..errors import CapacityError, GllmError
 from ..types import PageMetadata
-from .groups import Block, Counters, Group, KvStats, as_block
+from .groups import THRASH_S, Block, Counters, Group, KvStats, as_block
 from .pages import PagePool
 from .prefix import PrefixIndex, PrefixNode
 from .report import audit, fragmentation, page_states
@@ -372,7 +372,7 @@ class KvManager:
             self._release_blocks(group.blocks)
             group.pages = []
             swap_in_time = group.state.swap_in_time
-            counters.num_thrashed += swap_in_time is not None and start - swap_in_time < self.config.warmup_duration
+            counters.num_thrashed += swap_in_time is not None and start < swap_in_time + THRASH_S
             group.is_resident = False
             group.state.swapped_out()
         counters.groups_swapped_out += len(groups)

@@ -13,10 +13,8 @@ from typing import Protocol
 from ..config import SwapConfig
 from .recency import LirClock, ReuseDistance
 
-FREQUENCY_WEIGHT = 1.0  # an access counts as much as a page of recency
-PIN_BONUS = 1e9  # pinned groups are not candidates; the term keeps them last wherever scores are shown
-PROTECTED_BONUS = 2000.0
-WARM_BONUS = 1000.0
+IDLE_WEIGHT = 1000.0  # a second of idleness; so a minute outweighs the recency of any but the largest groups
+FREQUENCY_WEIGHT = 1.0  # an access counts as much as a page of recency or a millisecond
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,11 @@ class VictimPolicy(Protocol):
 
 
 class Hgal:
-    """Scores groups by idle time, recency and frequency; groups in the LIR set go after all others."""
+    """Scores groups by idle time, recency and frequency; groups in the LIR set go after all others.
+
+    The score alone grows with a group's size, so a large sequence in constant use could score above small ones that are
+    not; the LIR set keeps it. Pinned, Warm and Protected groups never come here, so they need no bonus.
+    """
 
     def __init__(self, config: SwapConfig) -> None:
         self._distance = ReuseDistance()
@@ -73,10 +75,10 @@ class Hgal:
         return self._clock.is_lir(group)
 
     def score(self, candidate: Candidate, now: float) -> float:
-        """`time_since_access + sum(recency of its pages) − access_count × FREQUENCY_WEIGHT`; highest is coldest."""
+        """Milliseconds since the last access + sum of the recency of its pages − accesses; the highest is coldest."""
         idle_s = now - candidate.last_access if candidate.last_access is not None else 0.0
         recency = self.recency(candidate.group) * len(candidate.pages)
-        return idle_s + recency - candidate.access_count * FREQUENCY_WEIGHT
+        return IDLE_WEIGHT * idle_s + recency - candidate.access_count * FREQUENCY_WEIGHT
 
     def ranked(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
         return sorted(candidates, key=lambda c: (self.is_lir(c.group), -self.score(c, now), c.group))

@@ -73,8 +73,8 @@ def test_the_score_is_the_formula() -> None:
     policy.accessed(1)
     once = policy.score(Candidate(2, [0] * 5, 1, 4.0), 10.0)
     twice = policy.score(Candidate(1, [0] * 3, 2, 9.0), 10.0)
-    assert once == 6.0 + 5 * 8 - FREQUENCY_WEIGHT  # accessed once: all 8 pages count
-    assert twice == 1.0 + 3 * 5 - 2 * FREQUENCY_WEIGHT
+    assert once == 6000.0 + 5 * 8 - FREQUENCY_WEIGHT  # accessed once: all 8 pages count
+    assert twice == 1000.0 + 3 * 5 - 2 * FREQUENCY_WEIGHT
 
 
 def test_a_sequence_leaves_whole() -> None:
