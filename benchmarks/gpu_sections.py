@@ -18,7 +18,7 @@ import numpy as np
 from gpu_models import ARCHS, DeviceArrays, copy_bandwidth, random_model, read_nbytes, seconds_of
 
 import gllm_driver as gllm
-from gllm_driver.backends.base import KvCacheHandle, ModelWeights, WeightsHandle
+from gllm_driver.backends.base import DecodeRow, KvCacheHandle, ModelWeights, WeightsHandle
 from gllm_driver.backends.cuda import CudaBackend
 from gllm_driver.config import SamplingConfig
 from gllm_driver.driver import probe
@@ -123,7 +123,7 @@ def _decode_row(
     name: str, backend: CudaBackend, weights: WeightsHandle, kv: KvCacheHandle, context: int, steps: int, peak: float
 ) -> None:
     pages = list(range(-(-(context + steps + 8) // 16)))
-    loop = backend.start_decode(weights, kv, SequenceInput([1], context, pages), SamplingConfig())
+    loop = backend.start_decode(weights, kv, [DecodeRow(1, context, pages, SamplingConfig())])
     program = loop._decoder.program  # type: ignore[attr-defined]
     for _ in range(3):
         loop.step()

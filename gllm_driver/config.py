@@ -87,9 +87,33 @@ class KvCacheConfig:
 
 @dataclass(frozen=True)
 class SwapConfig:
-    """When KV pages move to host memory and how much of it they may take."""
+    """When KV pages move to host memory, how much of it they may take, and what never moves. Times are in seconds.
+
+    A group swapped in is *warm* for `warmup_duration` or `min_warm_access` accesses; one accessed `hot_threshold` times
+    within `working_set_window` is *protected* until it was left alone for that long. Neither is swapped out.
+    """
 
     enable_swap: bool = True
     cpu_reserve_mb: int = 512
-    swap_threshold: float = 0.85
-    granularity_pages: int = 4
+    swap_threshold: float = 0.85  # share of the pool in use above which idle sequences are swapped out
+    granularity_pages: int = 4  # at least so many pages are freed at a time
+    warmup_duration: float = 0.1
+    min_warm_access: int = 2
+    hot_threshold: int = 3
+    working_set_window: float = 1.0
+    lir_ratio: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("granularity_pages", "min_warm_access", "hot_threshold"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("cpu_reserve_mb", "warmup_duration", "working_set_window"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("swap_threshold", "lir_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in (0, 1], got {getattr(self, name)}")
+
+    def num_host_slots(self, page_nbytes: int) -> int:
+        """Pages that fit in the host memory reserved."""
+        return self.cpu_reserve_mb * 2**20 // page_nbytes if self.enable_swap else 0

@@ -5,19 +5,22 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .config import KvCacheConfig, SamplingConfig
-from .engine import Engine, Progress, Request
+from .config import KvCacheConfig, SamplingConfig, SwapConfig
+from .engine import AsyncEngine, Engine, EngineConfig, Request
 from .errors import BackendError, CapacityError, GllmError, RequestError
-from .types import DTYPES, FLOAT_DTYPES, Traffic
+from .generation import AsyncTextStream, Circumstances, GenerationResult, Text, TextStream, Timings
+from .metrics import Metrics
+from .sched.plan import SchedulerConfig
+from .types import DTYPES, FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from .backends.base import Backend
@@ -27,117 +30,68 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gllm_driver")
 
+T = TypeVar("T")
+
 PAGE_SIZE = 16
-KV_MEMORY_SHARE = 0.5  # of the free memory, what the default context may take at most
+KV_MEMORY_SHARE = 0.5  # of the free memory, what the KV cache takes at most where nothing is said about it
+CPU_IDLE_CHUNK = 256  # tokens of one prefill step: long enough to reuse weights, short enough to stop quickly
+CUDA_IDLE_CHUNK = 2048  # what fills a large GPU
+
+__all__ = [
+    "LLM",
+    "AsyncTextStream",
+    "GenerationResult",
+    "Sharing",
+    "TextStream",
+    "Timings",
+    "default_kv_dtype",
+    "demo_model_path",
+    "load",
+]
 
 
 @dataclass(frozen=True)
-class Timings:
-    """Where the time went, in seconds; rates in tokens per second (0 where nothing was measured)."""
+class Sharing:
+    """How requests share the device; `load` explains the options."""
 
-    load_s: float
-    prefill_s: float
-    decode_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    max_batch: int = 16
+    chunk_size: int | None = 64
+    prefix_reuse: bool = True
+    kv_tokens: int | None = None
+    swap: SwapConfig = field(default_factory=SwapConfig)
 
+    def __post_init__(self) -> None:
+        if self.max_batch < 1:
+            raise RequestError(f"max_batch must be at least 1, got {self.max_batch}")
+        if self.chunk_size is not None and self.chunk_size < 4:
+            raise RequestError(f"chunk_size must be at least 4, got {self.chunk_size}")
+        if self.kv_tokens is not None and self.kv_tokens < 1:
+            raise RequestError(f"kv_tokens must be at least 1, got {self.kv_tokens}")
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """What was generated. `tokens` and `text` are without the prompt and without the token that ended it.
-
-    finish_reason: "stop" (end token or stop string), "length" (max_tokens or context), "interrupted" (stopped early).
-    A stop string is cut from `text`, but the tokens it came in stay in `tokens`.
-    """
-
-    text: str
-    tokens: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    timings: Timings
-    traffic: Traffic
-    device: str
-
-
-class TextStream:
-    """Iterator over pieces of text; `result` is what has been generated so far. Closing it stops the generation."""
-
-    def __init__(self, llm: LLM, request: Request, stop: Sequence[str]) -> None:
-        self._llm = llm
-        self._request = request
-        self._progress = Progress()
-        self._text: list[str] = []
-        self._traffic = llm._backend.traffic()
-        self._pieces = self._run(stop)
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def close(self) -> None:
-        """Stop generating; `result` then says "interrupted" unless the generation had ended by itself."""
-        self._pieces.close()
-
-    def __enter__(self) -> TextStream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _run(self, stop: Sequence[str]) -> Any:
-        decoder = self._llm._stream_decoder(stop, self._request.tokens)
-        tokens = self._llm._engine.generate(self._request, self._progress)
-        try:
-            for token in tokens:
-                piece = decoder.push(token) if decoder else ""
-                if piece:
-                    self._text.append(piece)
-                    yield piece
-                if decoder and decoder.stopped_by is not None:
-                    self._progress.finish_reason = "stop"
-                    return
-            rest = decoder.finish() if decoder else ""
-            if rest:
-                self._text.append(rest)
-                yield rest
-        finally:
-            tokens.close()  # type: ignore[attr-defined]
-
-    @property
-    def result(self) -> GenerationResult:
-        """The generation so far."""
-        progress, now = self._progress, self._llm._backend.traffic()
-        prompt_tokens = len(self._request.tokens)
-        return GenerationResult(
-            text="".join(self._text),
-            tokens=list(progress.tokens),
-            prompt_tokens=prompt_tokens,
-            finish_reason=progress.finish_reason or "interrupted",
-            timings=Timings(
-                load_s=self._llm.load_s,
-                prefill_s=progress.prefill_s,
-                decode_s=progress.decode_s,
-                prefill_tokens_per_s=prompt_tokens / progress.prefill_s if progress.prefill_s else 0.0,
-                decode_tokens_per_s=progress.decode_steps / progress.decode_s if progress.decode_s else 0.0,
-            ),
-            traffic=Traffic(now.h2d_bytes - self._traffic.h2d_bytes, now.d2h_bytes - self._traffic.d2h_bytes),
-            device=self._llm.device,
+    def engine_config(self, *, on_cpu: bool, chunk_invariant: bool) -> EngineConfig:
+        """The same for the engine."""
+        scheduler = SchedulerConfig(
+            max_batch=self.max_batch,
+            chunk_size=self.chunk_size,
+            idle_chunk_size=CPU_IDLE_CHUNK if on_cpu else CUDA_IDLE_CHUNK,
+            chunk_invariant=chunk_invariant,
+            page_size=PAGE_SIZE,
         )
+        return EngineConfig(scheduler, self.swap, self.prefix_reuse)
 
 
 class LLM:
     """A loaded model. Made by `load`; close it, or use it as a context manager, to give its memory back.
 
-    One generation runs at a time; a second one started before the first ends raises RequestError.
+    Any number of generations may run at the same time, in one thread or in several; they share the model's steps, and
+    each gets what it would get alone.
     """
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend, engine: Engine, load_s: float) -> None:
         self._checkpoint = checkpoint
         self._backend = backend
         self._engine = engine
-        self._running: TextStream | None = None
+        self._async_engine = AsyncEngine(engine)
         self.load_s = load_s
 
     @property
@@ -172,7 +126,54 @@ class LLM:
             pass
         return stream.result
 
-    def stream(
+    def generate_batch(
+        self, prompts: Sequence[str | Sequence[int]], *, return_errors: bool = False, **options: Any
+    ) -> list[GenerationResult | GllmError]:
+        """Generate for several prompts together; results in their order, options as in `stream`.
+
+        The first error ends the whole, unless `return_errors`: then it stands in the place of its result, and the
+        others go on.
+        """
+        streams = [_caught(partial(self.stream, prompt, **options), return_errors) for prompt in prompts]
+        try:
+            return [s if isinstance(s, GllmError) else _caught(s.read_all, return_errors) for s in streams]
+        finally:
+            for stream in streams:
+                if isinstance(stream, TextStream):
+                    stream.close()
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> TextStream:
+        """Generate text piece by piece.
+
+        prompt: text (special-token strings in it are text), or token ids, taken as they are. Options, all by name:
+
+        max_tokens=256. temperature, top_k, top_p, min_p, repetition_penalty: left out, they take what the model's
+        authors recommend, else the neutral value (temperature 0: greedy, but 1 when top_k, top_p or min_p ask for
+        draws). presence_penalty, frequency_penalty: 0. `SamplingConfig` explains them. seed: a fresh random one.
+        stop=(): strings that end the generation and are not shown. ignore_eos=False: go on past the model's end tokens.
+        priority=0: higher ones go first. flow="": whose request it is; flows get equal shares. deadline_s: seconds
+        after which it ends with what it has.
+
+        Raises RequestError for an empty prompt, ids outside the vocabulary, options out of range; CapacityError when
+        the prompt leaves no room in the context, or the KV cache cannot hold it.
+        """
+        request, text = self._request(prompt, **options)
+        return TextStream(self._engine.submit(request), text, self._circumstances(request))
+
+    def async_stream(self, prompt: str | Sequence[int], **options: Any) -> AsyncTextStream:
+        """`stream` for asyncio: to be called inside a running event loop. A thread of its own runs the steps."""
+        request, text = self._request(prompt, **options)
+        return AsyncTextStream(self._async_engine.submit(request), text, self._circumstances(request))
+
+    @property
+    def metrics(self) -> Metrics:
+        """What runs, what waits, and how long things took; `str()` of it is a table."""
+        return self._engine.metrics
+
+    def _circumstances(self, request: Request) -> Circumstances:
+        return Circumstances(self.device, self.load_s, len(request.tokens), self._backend.traffic)
+
+    def _request(
         self,
         prompt: str | Sequence[int],
         *,
@@ -187,17 +188,11 @@ class LLM:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
-    ) -> TextStream:
-        """Generate text piece by piece.
-
-        prompt: text (special-token strings in it are text), or token ids, taken as they are. Sampling options left at
-        None take what the model's authors recommend, else the neutral value (temperature 0: greedy, but 1 when top_k,
-        top_p or min_p ask for draws); `SamplingConfig` explains them. seed None: a fresh random one. stop: strings that
-        end the generation and are not shown.
-
-        Raises RequestError for an empty prompt, ids outside the vocabulary, options out of range; CapacityError when
-        the prompt leaves no room in the context.
-        """
+        priority: int = 0,
+        flow: str = "",
+        deadline_s: float | None = None,
+    ) -> tuple[Request, Text]:
+        """A request, and where its text will be."""
         if isinstance(stop, str):
             stop = (stop,)
         if any(not s for s in stop):
@@ -225,9 +220,19 @@ class LLM:
             frequency_penalty=frequency_penalty or 0.0,
             seed=secrets.randbits(64) if seed is None else seed,
         )
-        request = Request(tokens, sampling, max_tokens, frozenset() if ignore_eos else self._eos_token_ids)
-        self._engine.check(request)
-        return TextStream(self, request, stop)
+        self._engine.check_tokens(tokens)
+        text = Text(self._stream_decoder(stop, tokens))
+        request = Request(
+            tokens,
+            sampling,
+            max_tokens,
+            frozenset() if ignore_eos else self._eos_token_ids,
+            priority,
+            flow,
+            deadline_s,
+            text.push,
+        )
+        return request, text
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after each token of a sequence: f32 [T, vocab_size]. Raises RequestError, CapacityError."""
@@ -268,7 +273,9 @@ class LLM:
         return StreamDecoder(self.tokenizer, stop, prompt)
 
     def close(self) -> None:
-        """Release threads and memory. The object cannot be used afterwards."""
+        """Release threads and memory; generations that run end as interrupted. The object cannot be used afterwards."""
+        self._engine.close()
+        self._async_engine.close()
         self._backend.close()
 
     def __enter__(self) -> LLM:
@@ -278,6 +285,16 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _caught(act: Callable[[], T], catch: bool) -> T | GllmError:
+    """What `act` returns, or the error it raises where that is wanted."""
+    try:
+        return act()
+    except GllmError as error:
+        if not catch:
+            raise
+        return error
 
 
 def demo_model_path() -> Path:
@@ -293,6 +310,11 @@ def load(
     threads: int | None = None,
     context_length: int | None = None,
     deterministic: bool = False,
+    max_batch: int = 16,
+    chunk_size: int | None = 64,
+    prefix_reuse: bool = True,
+    kv_tokens: int | None = None,
+    cpu_reserve_mb: int = 512,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
     """Load a model.
@@ -304,6 +326,12 @@ def load(
     result is the same to the last bit whatever shares its steps (on the CPU it always is). progress(stage, done, total)
     hears of "download", "load" and "compile".
 
+    Several requests: max_batch of them share a step. While some generate, at most chunk_size prompt tokens of others
+    join each step, which bounds how long a token takes; None: no bound. prefix_reuse: prompts that begin alike share
+    that beginning. kv_tokens: tokens that all requests together have room for on the device, at least a context by
+    default and max_batch of them where half of the free memory suffices; what does not fit waits, or is moved to at
+    most cpu_reserve_mb of host memory and back (0: computed again instead).
+
     With auto, a model that does not fit on the GPU, or a GPU that fails, means the CPU, with a warning in the log.
 
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
@@ -314,16 +342,18 @@ def load(
     start = time.perf_counter()
     if dtype != "auto" and dtype not in FLOAT_DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}: choose auto, {', '.join(FLOAT_DTYPES)}")
+    swap = SwapConfig(enable_swap=cpu_reserve_mb > 0, cpu_reserve_mb=max(cpu_reserve_mb, 0))
+    sharing = Sharing(max_batch, chunk_size, prefix_reuse, kv_tokens, swap)
     checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
     backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
     try:
-        engine = _place(checkpoint, backend, dtype, context_length, progress)
+        engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
     except (CapacityError, BackendError) as error:
         if device != "auto" or backend.name == "cpu":
             raise
         log.warning("using the CPU: %s", error)
         backend = open_backend("cpu", threads=threads, progress=progress)
-        engine = _place(checkpoint, backend, dtype, context_length, progress)
+        engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
     return LLM(checkpoint, backend, engine, time.perf_counter() - start)
 
 
@@ -333,9 +363,12 @@ def _place(
     dtype: str,
     context_length: int | None,
     progress: Callable[[str, int, int], None] | None,
+    sharing: Sharing = Sharing(),
+    deterministic: bool = False,
 ) -> Engine:
     """Weights and KV cache on a device, which is closed when that fails."""
     from .models.decoder import model_weights
+    from .models.identity import weights_digest
 
     try:
         arch = checkpoint.arch
@@ -346,9 +379,14 @@ def _place(
         context = _context_length(arch.context_length, context_length, fits)
         backend.prepare({t.dtype.name for t in checkpoint.tensors.values()} | {kv_dtype})
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
-        num_pages = -(-context // PAGE_SIZE)
+        room = sharing.kv_tokens or max(context, min(sharing.max_batch * context, fits))
+        num_pages = -(-room // PAGE_SIZE)
         kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        return Engine(backend, weights, kv, context)
+        # What decides the bits of a token's KV besides the tokens up to it; RoPE may depend on the context.
+        root_key = repr((weights_digest(checkpoint), dtype, kv_dtype, context, backend.name)).encode()
+        on_cpu = backend.name == "cpu"
+        config = sharing.engine_config(on_cpu=on_cpu, chunk_invariant=on_cpu or not deterministic)
+        return Engine(backend, weights, kv, context, config, root_key)
     except BaseException:
         backend.close()
         raise

@@ -195,11 +195,22 @@ class PageState(enum.Enum):
 
 @dataclass(frozen=True)
 class PageMetadata:
-    """What the backend knows about one KV page."""
+    """What is known about one KV page. Times are seconds of the clock the KV manager was given.
+
+    Ids from the cache's `num_pages` up are host slots: page `num_pages + slot` is SWAPPED.
+    """
 
     page_id: int
-    sequence_id: int | None
+    sequence_id: int | None  # None: shared by several sequences, or held by none
     state: PageState
+    recency: int = 0  # distinct pages accessed between its last two accesses, or since the last if those are more
+    is_lir: bool = False  # low inter-reference recency: among the share of pages used at the shortest intervals
+    swap_in_time: float | None = None
+    warm_until: float | None = None
+    access_count: int = 0
+    last_access: float | None = None
+    strategy: str | None = None  # of KV quantization, e.g. keys per channel and values per token; None: as computed
+    is_attention_sink: bool = False  # holds a sequence's first tokens, which KV quantization leaves exact
 
 
 @dataclass(frozen=True)
@@ -221,6 +232,7 @@ class SequenceInput:
     tokens: Sequence[int]
     position: int
     pages: Sequence[int]  # the sequence's KV pages in order: enough for position + len(tokens) tokens
+    wants_logits: bool = True  # False: a prefill chunk that is not the last, which only fills the KV cache
 
 
 @dataclass(frozen=True)

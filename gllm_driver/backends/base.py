@@ -6,7 +6,7 @@ Data stays on the device. Weights go up once; KV cache and logits are handles; w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -70,19 +70,56 @@ class WeightsHandle:
     nbytes: int
 
 
-@dataclass(frozen=True)
+class PageTracker(Protocol):
+    """Who knows the state of a cache's pages (gllm_driver.kv.manager)."""
+
+    def page_states(self) -> Mapping[int, PageMetadata]: ...
+
+
+@dataclass(eq=False)
 class KvCacheHandle:
     """A paged KV cache on the device: [num_pages, num_layers, 2, num_kv_heads, page_size, head_dim]."""
 
     config: KvCacheConfig
     tensor: Tensor
+    tracker: PageTracker | None = None  # set by whoever manages the pages
+    host_slots: Any = field(repr=False, default=None)  # the backend's, made by alloc_swap_space
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """A sequence to be continued by a decode loop."""
+
+    token: int  # its newest token, not in the KV cache yet
+    position: int  # of that token
+    pages: Sequence[int]  # in order, enough for the next step; the loop hears of more through set_pages
+    sampling: SamplingConfig
+    prompt: Sequence[int] = ()  # prompt and output are what penalties look at; `output` includes `token`
+    output: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class SampleRow:
+    """Logits to choose a token from."""
+
+    logits: LogitsTensor
+    sampling: SamplingConfig
+    position: int  # of the token the logits belong to
+    prompt: Sequence[int] = ()  # as in DecodeRow
+    output: Sequence[int] = ()
 
 
 class DecodeLoop(Protocol):
-    """One sequence being continued with nothing but the token id crossing to the host per step."""
+    """Sequences being continued together, with nothing but token ids crossing to the host per step."""
 
-    def step(self) -> int:
-        """Run one forward pass on the last token and sample the next: its id, or −1 if the logits hold no number."""
+    def step(self) -> list[int]:
+        """Run one forward pass on the last tokens and sample the next: an id per row, −1 where there is no number."""
+
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        """The row's sequence has these pages from the next step on: the ones it had, and more."""
+
+    def close(self) -> None:
+        """No step follows. Closing twice does nothing."""
 
 
 class Backend(Protocol):
@@ -110,8 +147,11 @@ class Backend(Protocol):
 
     def batch_forward_gpu_pure(
         self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput
-    ) -> list[LogitsTensor]:
-        """Forward pass over new tokens of several sequences of any lengths and positions; one handle each."""
+    ) -> list[LogitsTensor | None]:
+        """Forward pass over new tokens of several sequences of any lengths and positions.
+
+        A handle to the logits of each sequence's last token, None where the sequence wants none.
+        """
 
     def extend(self, weights: WeightsHandle, kv: KvCacheHandle, sequence: SequenceInput) -> None:
         """Forward pass that only fills the KV cache: a prefill chunk that is not the last."""
@@ -120,31 +160,39 @@ class Backend(Protocol):
         """Logits of every new token, copied to the host: f32 [T, vocab]. For inspection, not for generation."""
 
     def sample_from_tensor(
-        self, logits: LogitsTensor, config: SamplingConfig, *, position: int, seen: Sequence[int] = ()
-    ) -> int:
-        """Choose a token on the device; `position` is that of the token the logits belong to, `seen` the prompt."""
-
-    def start_decode(
         self,
-        weights: WeightsHandle,
-        kv: KvCacheHandle,
-        sequence: SequenceInput,
+        logits: LogitsTensor,
         config: SamplingConfig,
+        *,
+        position: int,
         prompt: Sequence[int] = (),
-    ) -> DecodeLoop:
-        """Continue a sequence whose one new token is given; `prompt` is what penalties see besides the output."""
+        output: Sequence[int] = (),
+    ) -> int:
+        """Choose a token on the device; `position` is that of the token the logits belong to.
+
+        Penalties look at `prompt` and `output`. −1: the logits hold no number.
+        """
+
+    def sample_rows(self, rows: Sequence[SampleRow]) -> list[int]:
+        """sample_from_tensor for several sequences of one forward pass, waiting once for all."""
+
+    def start_decode(self, weights: WeightsHandle, kv: KvCacheHandle, rows: Sequence[DecodeRow]) -> DecodeLoop:
+        """Continue sequences, each with one new token, for as long as they are the same ones."""
 
     def prepare(self, dtypes: Iterable[str]) -> None:
         """Get everything ready that weights and KV of these dtypes will need: compile kernels, load modules."""
 
-    def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
-        """Move pages to host memory."""
+    def alloc_swap_space(self, kv: KvCacheHandle, num_slots: int) -> None:
+        """Reserve host memory for `num_slots` pages of this cache. Raises CapacityError when it does not fit."""
 
-    def swap_in_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
-        """Move pages back to the device."""
+    def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy pages to host slots, in order with the steps before and after; the pages are then free for others."""
 
-    def get_page_states(self, kv: KvCacheHandle) -> Mapping[int, PageState | PageMetadata]:
-        """State of every page."""
+    def swap_in_pages(self, kv: KvCacheHandle, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Copy host slots to pages, in order with the steps before and after; the slots are then free for others."""
+
+    def get_page_states(self, kv: KvCacheHandle) -> Mapping[int, PageMetadata]:
+        """What is known of every page by its number, and of swapped ones by theirs (see the cache's tracker)."""
 
     def get_memory_pressure(self) -> float:
         """Share of the device's memory in use, 0.0 … 1.0."""
@@ -169,3 +217,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give everything back. The backend is unusable afterwards."""
+
+
+def page_states(kv: KvCacheHandle) -> Mapping[int, PageMetadata]:
+    """What the cache's tracker says; without one nobody uses the pages: all are idle on the device."""
+    if kv.tracker is not None:
+        return kv.tracker.page_states()
+    return {page: PageMetadata(page, None, PageState.STANDBY) for page in range(kv.config.num_pages)}
+
+
+def checked(numbers: Sequence[int], limit: int, what: str) -> list[int]:
+    """Page or slot numbers as a list. Raises IndexError for one outside the cache."""
+    for number in numbers:
+        if not 0 <= number < limit:
+            raise IndexError(f"{what} {number} of a KV cache of {limit} {what}s")
+    return [int(number) for number in numbers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -43,3 +43,11 @@ def pack_params(configs: Iterable[SamplingConfig]) -> np.ndarray:
         for c in configs
     ]
     return np.array(rows, PARAMS).view(np.int32).reshape(len(rows), PARAM_WORDS)
+
+
+def token_counts(prompt: Sequence[int], output: Sequence[int], vocab_size: int) -> np.ndarray:
+    """A row of sample's `counts` for what a sequence has so far: i32 [vocab_size]."""
+    counts = np.zeros(vocab_size, np.int32)
+    np.add.at(counts, np.asarray(output, np.int64), 1)
+    counts[np.asarray(prompt, np.int64)] |= SEEN_IN_PROMPT
+    return counts

@@ -25,11 +25,11 @@ probabilities summed as integers, so that the sums do not depend on their order.
 from __future__ import annotations
 
 from ._sample_cases import cases
-from ._sample_params import PARAM_FIELDS, PARAM_WORDS, PARAMS, SEEN_IN_PROMPT, pack_params
+from ._sample_params import PARAM_FIELDS, PARAM_WORDS, PARAMS, SEEN_IN_PROMPT, pack_params, token_counts
 from ._sample_reference import reference
 from .contract import Array, Contract, Rule
 
-__all__ = ["CONTRACT", "PARAMS", "PARAM_FIELDS", "PARAM_WORDS", "SEEN_IN_PROMPT", "pack_params"]
+__all__ = ["CONTRACT", "PARAMS", "PARAM_FIELDS", "PARAM_WORDS", "SEEN_IN_PROMPT", "pack_params", "token_counts"]
 
 CONTRACT = Contract(
     name="sample",

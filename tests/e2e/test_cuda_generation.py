@@ -14,6 +14,7 @@ from hostsim import session
 from oracle import numpy_model, tiny_models, to_gguf
 
 import gllm_driver as gllm
+from gllm_driver.backends.base import DecodeRow
 from gllm_driver.config import SamplingConfig
 from gllm_driver.types import BatchInput, SequenceInput
 
@@ -154,22 +155,22 @@ def test_a_hundred_steps_move_eight_bytes_each_at_most_and_allocate_nothing(name
         pages = list(range(12))
         backend.generator_forward_gpu_pure(engine.weights, engine.kv, SequenceInput(prompt, 0, pages))
         config = SamplingConfig(temperature=0.8, top_k=20, seed=3)
-        loop = backend.start_decode(engine.weights, engine.kv, SequenceInput([5], len(prompt), pages), config)
+        loop = backend.start_decode(engine.weights, engine.kv, [DecodeRow(5, len(prompt), pages, config)])
         loop.step()
         traffic, before = backend.traffic(), backend.device.allocations()
-        tokens = [loop.step() for _ in range(100)]
+        tokens = [loop.step()[0] for _ in range(100)]
         moved = backend.traffic()
         assert moved.h2d_bytes - traffic.h2d_bytes == 0
         assert 0 < moved.d2h_bytes - traffic.d2h_bytes <= 800
         assert backend.device.allocations() == before
         assert len(set(tokens)) > 10
-        again = backend.start_decode(engine.weights, engine.kv, SequenceInput([5], len(prompt), pages), config)
+        again = backend.start_decode(engine.weights, engine.kv, [DecodeRow(5, len(prompt), pages, config)])
         assert backend.device.allocations().num_driver_allocs > before.num_driver_allocs  # two at a time
         del again, loop
         settled = backend.device.allocations()
-        third = backend.start_decode(engine.weights, engine.kv, SequenceInput([5], len(prompt), pages), config)
+        third = backend.start_decode(engine.weights, engine.kv, [DecodeRow(5, len(prompt), pages, config)])
         assert backend.device.allocations() == settled, "a decoder that is free was not taken"
-        assert [third.step() for _ in range(5)][1:] == tokens[:4]
+        assert [third.step()[0] for _ in range(5)][1:] == tokens[:4]
 
 
 def test_a_decode_step_has_at_most_six_kernels_a_layer() -> None:
@@ -209,7 +210,7 @@ def test_a_sequence_goes_on_after_the_workspace_has_moved() -> None:
         found = []
         for disturb in (False, True):
             backend.generator_forward_gpu_pure(weights, kv, SequenceInput(prompt[:4], 0, [0, 1]))
-            loop = backend.start_decode(weights, kv, SequenceInput([5], 4, [0, 1]), SamplingConfig())
+            loop = backend.start_decode(weights, kv, [DecodeRow(5, 4, [0, 1], SamplingConfig())])
             tokens = [loop.step(), loop.step()]
             if disturb:
                 generation = backend.runtime.workspace.generation
@@ -219,7 +220,7 @@ def test_a_sequence_goes_on_after_the_workspace_has_moved() -> None:
             found.append(tokens + [loop.step() for _ in range(6)])
         assert found[0] == found[1]
         del loop
-        again = backend.start_decode(weights, kv, SequenceInput([5], 4, [0, 1]), SamplingConfig())
+        again = backend.start_decode(weights, kv, [DecodeRow(5, 4, [0, 1], SamplingConfig())])
         assert again._decoder.generation == backend.runtime.workspace.generation  # the old one's memory is let go
 
 

@@ -14,7 +14,7 @@ from ...driver.manifest import FOLDER
 from ...driver.memory import size_text
 from ...errors import CapacityError, UnsupportedError
 from ...launch import WEIGHT_DTYPES
-from ...ops.sample import PARAM_WORDS, pack_params
+from ...ops.sample import PARAM_WORDS, pack_params, token_counts
 from ...types import (
     DTYPES,
     F32,
@@ -23,13 +23,22 @@ from ...types import (
     BatchInput,
     LogitsTensor,
     PageMetadata,
-    PageState,
     SequenceInput,
     Tensor,
     Traffic,
 )
-from ..base import DecodeLoop, KvCacheHandle, ModelWeights, Progress, WeightsHandle
-from .decode import CudaDecodeLoop, DecoderPool, prompt_counts
+from ..base import (
+    DecodeLoop,
+    DecodeRow,
+    KvCacheHandle,
+    ModelWeights,
+    Progress,
+    SampleRow,
+    WeightsHandle,
+    checked,
+    page_states,
+)
+from .decode import CudaDecodeLoop, DecoderPool
 from .memory import Mirror, free_nbytes, reserve
 from .runtime import Runtime
 from .steps import Steps, table_width
@@ -111,11 +120,14 @@ class CudaBackend:
     def generator_forward_gpu_pure(
         self, weights: WeightsHandle, kv: KvCacheHandle, sequence: SequenceInput
     ) -> LogitsTensor:
-        return self.batch_forward_gpu_pure(weights, kv, BatchInput([sequence]))[0]
+        logits = self.batch_forward_gpu_pure(weights, kv, BatchInput([sequence]))[0]
+        if logits is None:
+            raise ValueError("a forward pass for logits was given a sequence that wants none")
+        return logits
 
     def batch_forward_gpu_pure(
         self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput
-    ) -> list[LogitsTensor]:
+    ) -> list[LogitsTensor | None]:
         self._forwards += 1
         logits = self._steps.run(weights, kv, batch.sequences, "last").logits
         assert logits is not None
@@ -123,7 +135,9 @@ class CudaBackend:
             LogitsTensor(
                 Tensor(logits.address + i * logits.row_nbytes, logits.shape[1:], F32, logits.owner), self._forwards
             )
-            for i in range(len(batch.sequences))
+            if sequence.wants_logits
+            else None
+            for i, sequence in enumerate(batch.sequences)
         ]
 
     def extend(self, weights: WeightsHandle, kv: KvCacheHandle, sequence: SequenceInput) -> None:
@@ -145,7 +159,13 @@ class CudaBackend:
         return out
 
     def sample_from_tensor(
-        self, logits: LogitsTensor, config: SamplingConfig, *, position: int, seen: Sequence[int] = ()
+        self,
+        logits: LogitsTensor,
+        config: SamplingConfig,
+        *,
+        position: int,
+        prompt: Sequence[int] = (),
+        output: Sequence[int] = (),
     ) -> int:
         if logits.generation != self._forwards:
             raise ValueError("these logits were overwritten by a later forward pass: sample before the next one")
@@ -157,7 +177,7 @@ class CudaBackend:
         arrays: dict[str, Tensor | None] = {name: choice.tensor(name) for name in ("params", "positions", "tokens")}
         arrays["logits"] = Tensor(logits.row.address, (1, V), F32, logits.row.owner)
         if config.has_penalties:
-            counts = prompt_counts(seen, V)
+            counts = token_counts(prompt, output, V)[np.newaxis]
             buffer = reserve(self.device, counts.nbytes, "the counts of tokens")
             self.device.copy_h2d(buffer.address, counts.ctypes.data, counts.nbytes)
             arrays["counts"] = Tensor(buffer.address, counts.shape, I32, buffer)
@@ -172,33 +192,40 @@ class CudaBackend:
             program.issue()
         return int(self.to_host(choice.tensor("tokens"))[0])
 
-    def start_decode(
-        self,
-        weights: WeightsHandle,
-        kv: KvCacheHandle,
-        sequence: SequenceInput,
-        config: SamplingConfig,
-        prompt: Sequence[int] = (),
-    ) -> DecodeLoop:
+    def sample_rows(self, rows: Sequence[SampleRow]) -> list[int]:
+        return [
+            self.sample_from_tensor(
+                row.logits, row.sampling, position=row.position, prompt=row.prompt, output=row.output
+            )
+            for row in rows
+        ]
+
+    def start_decode(self, weights: WeightsHandle, kv: KvCacheHandle, rows: Sequence[DecodeRow]) -> DecodeLoop:
+        if len(rows) != 1:
+            raise UnsupportedError("the CUDA backend continues one sequence at a time")
+        row = rows[0]
         self._forwards += 1  # the loop writes where the logits of forward passes are
-        width = table_width(len(sequence.pages), kv.config.num_pages)
-        decoder, idle = self._decoders.take(weights, kv, width, config.has_penalties)
+        width = table_width(len(row.pages), kv.config.num_pages)
+        decoder, idle = self._decoders.take(weights, kv, width, row.sampling.has_penalties)
         loop = CudaDecodeLoop(decoder, idle)
-        decoder.start(sequence, config, prompt)
+        decoder.start(row)
         return loop
 
     def prepare(self, dtypes: Iterable[str]) -> None:
         """Load every kernel module, which the first step would otherwise do; each has kernels for all dtypes."""
         self.runtime.library.load_all()
 
-    def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
+    def alloc_swap_space(self, kv: KvCacheHandle, num_slots: int) -> None:
         raise UnsupportedError("the CUDA backend does not swap KV pages yet")
 
-    def swap_in_pages(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
+    def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int], slots: Sequence[int]) -> None:
         raise UnsupportedError("the CUDA backend does not swap KV pages yet")
 
-    def get_page_states(self, kv: KvCacheHandle) -> Mapping[int, PageState | PageMetadata]:
-        raise UnsupportedError("the CUDA backend does not track page states yet")
+    def swap_in_pages(self, kv: KvCacheHandle, slots: Sequence[int], pages: Sequence[int]) -> None:
+        raise UnsupportedError("the CUDA backend does not swap KV pages yet")
+
+    def get_page_states(self, kv: KvCacheHandle) -> Mapping[int, PageMetadata]:
+        return page_states(kv)
 
     def get_memory_pressure(self) -> float:
         free, total = self.device.mem_info()
@@ -218,7 +245,7 @@ class CudaBackend:
         out = np.empty((len(pages), nbytes), np.uint8)
         with self.device:
             self.runtime.stream.synchronize()
-            for row, page in zip(out, _checked(kv, pages), strict=True):
+            for row, page in zip(out, checked(pages, kv.config.num_pages, "page"), strict=True):
                 self.device.copy_d2h(row.ctypes.data, kv.tensor.address + page * nbytes, nbytes)
         return out
 
@@ -227,7 +254,7 @@ class CudaBackend:
         rows = np.ascontiguousarray(np.broadcast_to(data, (len(pages), nbytes)), np.uint8)
         with self.device:
             self.runtime.stream.synchronize()
-            for row, page in zip(rows, _checked(kv, pages), strict=True):
+            for row, page in zip(rows, checked(pages, kv.config.num_pages, "page"), strict=True):
                 self.device.copy_h2d(kv.tensor.address + page * nbytes, row.ctypes.data, nbytes)
 
     def traffic(self) -> Traffic:
@@ -235,10 +262,3 @@ class CudaBackend:
 
     def close(self) -> None:
         self.runtime.close()
-
-
-def _checked(kv: KvCacheHandle, pages: Sequence[int]) -> list[int]:
-    for page in pages:
-        if not 0 <= page < kv.config.num_pages:
-            raise IndexError(f"page {page} of a KV cache of {kv.config.num_pages} pages")
-    return [int(page) for page in pages]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...config import SamplingConfig
 from ...driver.memory import DeviceBuffer
-from ...ops.sample import PARAM_WORDS, SEEN_IN_PROMPT, pack_params
-from ...types import F32, I32, I64, SequenceInput, Tensor
-from ..base import KvCacheHandle, StepTensors, WeightsHandle
+from ...errors import UnsupportedError
+from ...ops.sample import PARAM_WORDS, pack_params, token_counts
+from ...types import F32, I32, I64, Tensor
+from ..base import DecodeRow, KvCacheHandle, StepTensors, WeightsHandle
 from .memory import Mirror, reserve
 from .runtime import Runtime
 
@@ -77,22 +77,22 @@ class Decoder:
     def _fetch(self) -> None:
         self._runtime.device.copy_d2h(self._token.address, self._tokens.address, 4, self._runtime.stream)
 
-    def start(self, sequence: SequenceInput, config: SamplingConfig, prompt: Sequence[int]) -> None:
+    def start(self, row: DecodeRow) -> None:
         """Take on a sequence whose one new token is given."""
         runtime = self._runtime
         with runtime.device:
             host = self._state.host()
-            host["ids"][:] = sequence.tokens
-            host["positions"][:] = sequence.position
+            host["ids"][:] = row.token
+            host["positions"][:] = row.position
             host["seq"][:] = 0
             host["offsets"][:] = 0, 1
             host["page_table"][:] = 0
-            host["page_table"][0, : len(sequence.pages)] = sequence.pages
-            host["params"][:] = pack_params([config])
+            host["page_table"][0, : len(row.pages)] = row.pages
+            host["params"][:] = pack_params([row.sampling])
             self._state.upload(runtime.stream)
             if self._counts:
                 runtime.stream.synchronize()  # the copy below is in no stream's order
-                counts = prompt_counts(prompt, self._vocab_size)
+                counts = token_counts(row.prompt, row.output, self._vocab_size)
                 runtime.device.copy_h2d(self._counts.address, counts.ctypes.data, counts.nbytes)
 
     def step(self) -> int:
@@ -146,15 +146,14 @@ class CudaDecodeLoop:
 
     def __init__(self, decoder: Decoder, idle: list[Decoder]) -> None:
         self._decoder = decoder
-        weakref.finalize(self, idle.append, decoder).atexit = False
+        self._give_back = weakref.finalize(self, idle.append, decoder)
+        self._give_back.atexit = False
 
-    def step(self) -> int:
-        """Run one forward pass on the last token and sample the next: its id, or −1 if the logits hold no number."""
-        return self._decoder.step()
+    def step(self) -> list[int]:
+        return [self._decoder.step()]
 
+    def set_pages(self, row: int, pages: Sequence[int]) -> None:
+        raise UnsupportedError("on CUDA a decode loop's pages are all given at its start")
 
-def prompt_counts(prompt: Sequence[int], vocab_size: int) -> np.ndarray:
-    """The `counts` row of op sample for a prompt: i32 [1, vocab]."""
-    counts = np.zeros((1, vocab_size), np.int32)
-    counts[0, np.asarray(prompt, np.int64)] = SEEN_IN_PROMPT
-    return counts
+    def close(self) -> None:
+        self._give_back()

@@ -1,0 +1,393 @@
+"""Steps, one at a time: plan → forward → sample → commit → emit. Errors end requests, not the engine."""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from ..backends.base import Backend, KvCacheHandle, WeightsHandle
+from ..config import SwapConfig
+from ..errors import BackendError, CapacityError, GllmError
+from ..kv.manager import KvManager
+from ..kv.pages import PagePool
+from ..metrics import Metrics, Recorder
+from ..sched.plan import Piece, SchedulerConfig
+from ..sched.request import RunningSequence
+from ..sched.scheduler import Counters, Scheduler
+from ..types import SequenceInput
+from .runner import Result, Runner
+from .swap import Swapper
+
+LOGITS_CHUNK = 256  # tokens of one step of `logits`
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How requests share the device. prefix_reuse: prompts that begin alike share the KV of that beginning."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    swap: SwapConfig = field(default_factory=SwapConfig)
+    prefix_reuse: bool = True
+
+
+class _Doubt(enum.IntEnum):
+    """What an interrupt (Ctrl-C) in the middle of a step may have left half done."""
+
+    NONE = 0
+    LOOP = 1  # the backend: the decode loop may be ahead of the tokens taken from it
+    PAGES = 2  # the books: lists of sequences and pages
+
+
+class Core:
+    """The one owner of sequences, pages and the decode loop. One thread at a time may be inside.
+
+    Only `post`, `post_cancel` and reading `has_mail` are for any thread at any time: they append to queues.
+    """
+
+    def __init__(
+        self, backend: Backend, weights: WeightsHandle, kv: KvCacheHandle, config: EngineConfig, root_key: bytes
+    ) -> None:
+        self.backend = backend
+        self.weights = weights
+        self.kv = kv
+        self.config = config
+        self._root_key = root_key
+        self.swapper = Swapper(backend, kv, config.swap)
+        self._recorder = Recorder()
+        self._counters = Counters()
+
+        self._live: dict[int, RunningSequence] = {}
+        self._inbox: deque[RunningSequence] = deque()
+        self._cancelled: deque[RunningSequence] = deque()
+        self.has_mail = False
+        self._deadlines: list[tuple[float, int, RunningSequence]] = []
+
+        self._doubt = _Doubt.NONE
+        self._ended: list[RunningSequence] = []
+        self._rows: list[RunningSequence] = []  # of the decode loop
+        self._free_steps = 0  # steps of the decode loop that need no plan
+        self.open_books()
+
+    def open_books(self) -> None:
+        """Everything about pages and order, new: no sequence holds anything."""
+        config = self.kv.config
+        self.pool = PagePool(config.num_pages, config.page_size)
+        self.manager = KvManager(
+            self.pool,
+            self.swapper,
+            self.config.swap,
+            num_host_slots=self.swapper.num_slots,
+            root_key=self._root_key,
+            clock=perf_counter,
+            prefix_reuse=self.config.prefix_reuse,
+        )
+        self.kv.tracker = self.manager
+        self.scheduler = Scheduler(self.manager, self.config.scheduler, lambda: self.pool.num_available)
+        self.scheduler.counters = self._counters
+        self._runner = Runner(self.backend, self.weights, self.kv, self.manager.pages)
+
+    # ---- from any thread
+
+    def post(self, sequence: RunningSequence) -> None:
+        """Hand in a new sequence."""
+        self._live[sequence.id] = sequence
+        self._inbox.append(sequence)
+        self.has_mail = True
+
+    def post_cancel(self, sequence: RunningSequence) -> None:
+        """Ask for a sequence's end."""
+        self._cancelled.append(sequence)
+        self.has_mail = True
+
+    @property
+    def has_cancellations(self) -> bool:
+        return bool(self._cancelled)
+
+    # ---- one step
+
+    def step(self) -> bool:
+        """Run one step for all requests. False: there was nothing to do."""
+        if self.has_mail or self._doubt:
+            self.absorb()
+        if self._free_steps:
+            self._free_steps -= 1
+            self._decode()
+        elif not self.scheduler.is_idle:
+            self._plan_and_run()
+        else:
+            return False
+        if self._ended:
+            self._bury()
+        self._doubt = _Doubt.NONE
+        return True
+
+    def _plan_and_run(self) -> None:
+        if self._deadlines:
+            self._end_overdue(perf_counter())
+            if self._ended:
+                return
+        self._doubt = _Doubt.PAGES
+        plan = self.scheduler.plan()
+        if not plan.pieces:
+            self._refuse_first()
+            return
+        self._doubt = _Doubt.LOOP
+        start = perf_counter()
+        results = self._runner.run(plan)
+        now = perf_counter()
+        self._recorder.steps += 1
+        for piece, result in zip(plan.pieces, results, strict=True):
+            self._commit(piece, result, now, now - start)
+        if self._runner.loop is not None:
+            self._rows = [piece.sequence for piece in plan.pieces]
+            pages, page_size = self.manager.pages, self.pool.page_size
+            self._free_steps = max(min(len(pages(s.id)) * page_size - s.num_computed for s in self._rows), 0)
+
+    def _decode(self) -> None:
+        """A step of the decode loop whose members have room for it: nothing to plan."""
+        loop = self._runner.loop
+        assert loop is not None
+        self._doubt = _Doubt.LOOP
+        start = perf_counter()
+        try:
+            results: Sequence[Result] = loop.step()
+        except GllmError as error:
+            self._runner.close()
+            self._free_steps = 0
+            results = self._runner.one_by_one([Piece(s, s.num_computed, 1) for s in self._rows], error)
+        now = perf_counter()
+        self._recorder.steps += 1
+        if self._deadlines:
+            self._end_overdue(now)
+        for sequence, result in zip(self._rows, results, strict=True):
+            if type(result) is int:
+                self._take(sequence, result, now, now - start)
+                sequence.num_computed += 1
+            elif isinstance(result, GllmError):
+                self._end(sequence, "error", result)
+
+    def _commit(self, piece: Piece, result: Result, now: float, seconds: float) -> None:
+        """Make a piece's result part of its sequence."""
+        sequence = piece.sequence
+        if isinstance(result, GllmError):
+            self._end(sequence, "error", result)
+            return
+        if result is None:
+            sequence.progress.prefill_s += seconds
+        else:
+            self._take(sequence, result, now, seconds)
+        # After the token: an interrupt between the two makes the next step compute this piece again, which is harmless.
+        sequence.num_computed = piece.start + piece.length
+
+    def _take(self, sequence: RunningSequence, token: int, now: float, seconds: float) -> None:
+        """A token has been sampled for a sequence: it goes on, or ends."""
+        progress, last = sequence.progress, sequence.last_token_at
+        if progress.finish_reason is not None:  # its deadline passed during this step
+            return
+        if last is None:
+            progress.prefill_s += seconds
+            self._recorder.time_to_first_token.add(now - sequence.submitted_at)
+            self._recorder.prompt_tokens += sequence.prompt_length
+            self._recorder.cached_tokens += progress.cached_tokens
+        else:
+            progress.decode_s += seconds
+            progress.decode_steps += 1
+            self._recorder.inter_token_latency.add(now - last)
+        sequence.last_token_at = now
+        if token < 0:
+            self._end(sequence, "error", _no_number(len(sequence.tokens)))
+            return
+        request = sequence.request
+        if token in request.eos_token_ids:
+            self._end(sequence, "stop")
+            return
+        enough = request.on_token is not None and self._observe(sequence, token, request.on_token)
+        sequence.tokens.append(token)
+        if enough:
+            self._end(sequence, "stop")
+        elif len(sequence.tokens) - sequence.prompt_length >= sequence.max_output:
+            self._end(sequence, "length")
+        if sequence.listener is not None:
+            sequence.listener()
+
+    def _observe(self, sequence: RunningSequence, token: int, on_token: Callable[[int], bool]) -> bool:
+        """Tell the request's observer, once even when an interrupt lets the token come twice; True: it has enough."""
+        if sequence.num_observed > sequence.num_output:
+            return False
+        sequence.num_observed += 1
+        try:
+            return on_token(token)
+        except GllmError as error:
+            self._end(sequence, "error", error)
+            return False
+
+    # ---- ends
+
+    def _end(self, sequence: RunningSequence, reason: str, error: GllmError | None = None) -> None:
+        """The request is over. Its reader may know at once; its pages go back before the step ends."""
+        if sequence.progress.finish_reason is not None:
+            return
+        sequence.error = error
+        self._ended.append(sequence)
+        sequence.progress.finish_reason = reason
+        self._recorder.requests[reason] = self._recorder.requests.get(reason, 0) + 1
+        self._recorder.output_tokens += sequence.num_output
+        if sequence.listener is not None:
+            sequence.listener()
+
+    def _bury(self) -> None:
+        """Give back what ended requests hold. The decode loop had them as members, or may now have room for others."""
+        self._doubt = _Doubt.PAGES
+        self._runner.close()
+        self._free_steps = 0
+        while self._ended:
+            sequence = self._ended[-1]
+            if sequence.has_kv and sequence.error is None:
+                self.scheduler.share(sequence)
+            self.scheduler.remove(sequence)
+            self._live.pop(sequence.id, None)
+            self._ended.pop()
+        if self.scheduler.is_idle:
+            self.scheduler.waiting.forget_idle(set())
+            self._deadlines.clear()
+
+    def _end_overdue(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, sequence = heapq.heappop(self._deadlines)
+            self._end(sequence, "deadline")
+
+    def _refuse_first(self) -> None:
+        """Nothing can be computed though something waits: end whoever ranks first rather than wait for ever."""
+        sequence = min((s for s in self._live.values() if s.is_known), key=lambda s: (s.rank, s.id))
+        error = CapacityError(
+            f"no KV pages could be had for {len(sequence.tokens)} tokens though nothing else runs: "
+            f"{self.pool.num_available} of {self.pool.num_pages} pages are free"
+        )
+        self._end(sequence, "error", error)
+
+    # ---- what came from outside
+
+    def absorb(self) -> None:
+        """Take in new requests and cancellations; put the books right first if a step was interrupted."""
+        if self._doubt:
+            self._recover()
+        self.has_mail = False
+        self._doubt = _Doubt.PAGES
+        while self._inbox:
+            self._welcome(self._inbox[0])
+            self._inbox.popleft()
+            self._free_steps = 0
+        while self._cancelled:
+            self._end(self._cancelled.popleft(), "cancelled")
+        if self._ended:
+            self._bury()
+        self._doubt = _Doubt.NONE
+
+    def _welcome(self, sequence: RunningSequence) -> None:
+        if sequence.is_known:
+            return
+        sequence.is_known = True
+        self.scheduler.add(sequence)
+        if sequence.deadline is not None:
+            heapq.heappush(self._deadlines, (sequence.deadline, sequence.id, sequence))
+
+    def _recover(self) -> None:
+        """After an interrupt inside a step. A token that was not taken is computed again, to the same bits.
+
+        Where the books may be half written they are opened anew, and every sequence computes its KV again.
+        """
+        self._runner.close()
+        self._free_steps = 0
+        self._ended = [s for s in self._ended if s.progress.finish_reason is not None]
+        live = tuple(self._live.values())  # others may submit meanwhile
+        for sequence in live:
+            if sequence.num_output >= sequence.max_output:
+                self._end(sequence, "length")
+        if self._doubt is not _Doubt.PAGES:
+            return
+        self.open_books()
+        self._ended.clear()
+        self._deadlines.clear()
+        for sequence in live:
+            if sequence.progress.finish_reason is None:
+                sequence.forget_kv()
+                sequence.is_known = False
+                self._welcome(sequence)
+            else:
+                self._live.pop(sequence.id, None)
+
+    def end_all(self, reason: str, error: GllmError | None = None) -> None:
+        """End every request."""
+        self.absorb()
+        for sequence in tuple(self._live.values()):
+            self._end(sequence, reason, error)
+        self._bury()
+        self._doubt = _Doubt.NONE
+
+    # ---- looking in
+
+    def logits(self, tokens: Sequence[int], seq_id: int) -> np.ndarray:
+        """Logits after every token: f32 [T, vocab]. Running sequences yield their pages if need be."""
+        self.absorb()
+        self._doubt = _Doubt.PAGES
+        self._runner.close()
+        self._free_steps = 0
+        pages = self.scheduler.borrow(seq_id, len(tokens))
+        self._doubt = _Doubt.LOOP
+        try:
+            parts = [
+                self.backend.logits_forward(
+                    self.weights, self.kv, SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages)
+                )
+                for start in range(0, len(tokens), LOGITS_CHUNK)
+            ]
+            return np.concatenate(parts)
+        finally:
+            self._doubt = _Doubt.PAGES
+            self.manager.close(seq_id)
+            self._doubt = _Doubt.NONE
+
+    def metrics(self) -> Metrics:
+        """Counts and timings so far."""
+        recorder, counters, stats = self._recorder, self._counters, self.manager.stats()
+        return Metrics(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting) + len(self._inbox),
+            preempted=len(self.scheduler.preempted),
+            pages_total=self.pool.num_pages,
+            pages_used=stats.num_used,
+            pages_swapped=stats.num_swapped,
+            requests=dict(recorder.requests),
+            steps=recorder.steps,
+            prompt_tokens=recorder.prompt_tokens,
+            cached_tokens=recorder.cached_tokens,
+            output_tokens=recorder.output_tokens,
+            preemptions=counters.preemptions,
+            recomputes=counters.recomputes,
+            swapped_out_pages=stats.counters.pages_swapped_out,
+            swapped_in_pages=stats.counters.pages_swapped_in,
+            copy_failures=counters.copy_failures,
+            time_to_first_token=recorder.time_to_first_token.summary(),
+            inter_token_latency=recorder.inter_token_latency.summary(),
+        )
+
+    def audit(self) -> None:
+        """Raise AssertionError unless the books agree with each other. Between steps only."""
+        self.manager.audit()
+        self.scheduler.audit()
+        assert not self._ended, "an ended request still holds something"
+        known = {s.id for s in self._live.values() if s.is_known}
+        held = {s.id for s in (*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting)}
+        assert known == held, f"live requests {sorted(known)}, scheduled ones {sorted(held)}"
+
+
+def _no_number(position: int) -> BackendError:
+    return BackendError(
+        f"the logits after {position} tokens hold no number: the weights overflow in this dtype; try --dtype f32"
+    )

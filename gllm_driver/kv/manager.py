@@ -1,0 +1,459 @@
+"""The KV manager: which sequence has which pages, what leaves the device when room is needed, what is found again.
+
+Integers only. Copies go through a `PageCopier`, time through a clock; the engine supplies both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..config import SwapConfig
+from ..errors import CapacityError, GllmError
+from ..types import PageMetadata
+from .groups import THRASH_S, Block, Counters, Group, KvStats, as_block
+from .pages import PagePool
+from .prefix import PrefixIndex, PrefixNode
+from .report import audit, fragmentation, page_states
+from .states import GroupState
+from .swap import Candidate, Hgal, VictimPolicy, fewest_groups
+
+
+class PageCopier(Protocol):
+    """Moves page contents. Calls are ordered with the steps before and after; a failing one changes nothing."""
+
+    def swap_out(self, pages: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy device pages to host slots."""
+
+    def swap_in(self, slots: Sequence[int], pages: Sequence[int]) -> None:
+        """Copy host slots to device pages."""
+
+
+@dataclass(frozen=True)
+class CachedKvHandle:
+    """KV of the longest known prefix of some tokens, kept on the device until `KvManager.release` is called."""
+
+    seq_id: int
+    num_tokens: int
+    pages: tuple[int, ...]
+
+
+class KvManager:
+    """Sequences, their pages, and the host's copies.
+
+    A sequence is opened, gets room (`reserve`), is marked at each step that reads it (`touch`) and when it stops
+    running (`idle`), has its computed tokens committed, and is closed. Between steps it is wholly on the device or
+    wholly on the host. Every block of a sequence on the host has a slot, so it needs nothing of the device. A page that
+    other sequences on the device share stays there for them; it is copied to the host once, however many sharers
+    leave, and not copied back while it is still on the device.
+
+    Errors of the copier pass through. The call that meets one changes nothing, except that `bring_in` may have moved
+    other sequences to the host before its own copy failed.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        copier: PageCopier,
+        config: SwapConfig,
+        *,
+        num_host_slots: int,
+        root_key: bytes,
+        clock: Callable[[], float],
+        prefix_reuse: bool = True,
+        policy: VictimPolicy | None = None,
+    ) -> None:
+        self.pool = pool
+        self.config = config
+        self.host = PagePool(num_host_slots, pool.page_size)
+        self.policy: VictimPolicy = policy or Hgal(config)
+        self._copier = copier
+        self._clock = clock
+        self._groups: dict[int, Group] = {}
+        self._blocks: dict[int, Block] = {}  # by device page
+        self._index = PrefixIndex(pool.page_size, root_key) if prefix_reuse else None
+        self._counters = Counters()
+        self._next_handle = -1  # handles are sequences with ids below zero
+
+    # Sequences
+
+    def open(self, seq_id: int, tokens: Sequence[int]) -> int:
+        """Register a sequence, or take up again one that was dropped.
+
+        Returns how many leading tokens have their KV already: whole pages, at least 2 tokens left to compute. Those
+        pages are the sequence's from now on. Raises ValueError when the sequence has pages.
+        """
+        group = self._groups.get(seq_id)
+        if group is None:
+            group = self._groups[seq_id] = Group(seq_id, GroupState(self.config))
+            self.policy.added(seq_id, 0)
+        elif group.blocks:
+            raise ValueError(f"sequence {seq_id} is open and has KV: close or drop it first")
+        nodes = self._match(tokens)
+        for node in nodes:
+            block = as_block(node.block)
+            assert block.page is not None
+            self.pool.retain((block.page,))
+            group.blocks.append(block)
+            group.pages.append(block.page)
+        group.num_indexed = len(nodes)
+        group.tail = nodes[-1] if nodes else None
+        group.num_tokens = len(nodes) * self.pool.page_size
+        self.policy.resized(seq_id, len(nodes))
+        self._counters.prefix_tokens_asked += len(tokens)
+        self._counters.prefix_tokens_hit += group.num_tokens
+        return group.num_tokens
+
+    def close(self, seq_id: int) -> None:
+        """Forget a sequence. Its full committed pages can be found until they are needed for something else."""
+        self._let_go(self._groups[seq_id])
+        self.policy.removed(seq_id)
+        del self._groups[seq_id]
+
+    def drop(self, seq_id: int) -> None:
+        """Preempt by recompute: give the pages back, keep the registration. `open` it again before it goes on."""
+        group = self._groups[seq_id]
+        self._let_go(group)
+        self.policy.resized(seq_id, 0)
+        group.state.restarted()
+
+    def pin(self, seq_id: int, *, pinned: bool = True) -> None:
+        """A pinned sequence is not swapped out."""
+        self._groups[seq_id].is_pinned = pinned
+
+    def is_resident(self, seq_id: int) -> bool:
+        """Whether all its KV is on the device (true of a sequence that has none yet)."""
+        return self._groups[seq_id].is_resident
+
+    def pages(self, seq_id: int) -> Sequence[int]:
+        """Device pages in order, a list that grows in place; empty while the sequence is on the host."""
+        return self._groups[seq_id].pages
+
+    def num_tokens_reserved(self, seq_id: int) -> int:
+        return self._groups[seq_id].num_tokens
+
+    # Room
+
+    def reserve(self, seq_id: int, num_tokens: int, running: Collection[int]) -> bool:
+        """Device pages for `num_tokens` tokens in total, the sequence being on the device.
+
+        Takes free pages, then cached ones nobody holds, then those of victim groups, never of members of `running`.
+        False: no room now, nothing changed. Raises CapacityError when the tokens alone exceed the pool.
+        """
+        group = self._groups[seq_id]
+        if not group.is_resident:
+            raise ValueError(f"sequence {seq_id} is on the host: bring it in before reserving")
+        wanted = self.pool.pages_for(num_tokens)
+        if wanted > self.pool.num_pages:
+            raise CapacityError(
+                f"{num_tokens} tokens need {wanted} KV pages of {self.pool.page_size}, the cache has "
+                f"{self.pool.num_pages}: ask for fewer tokens or load the model with a larger context"
+            )
+        count = wanted - len(group.blocks)
+        if count > 0:
+            if not self._make_room(count, seq_id, running):
+                return False
+            for page in self.pool.take(count):
+                block = self._blocks[page] = Block(page)
+                group.blocks.append(block)
+                group.pages.append(page)
+            self.policy.resized(seq_id, wanted)
+        group.num_tokens = max(group.num_tokens, num_tokens)
+        return True
+
+    def bring_in(self, seq_id: int, running: Collection[int]) -> bool:
+        """Put the whole sequence back on the device, where it is Warm. False: no room now, nothing changed."""
+        group = self._groups[seq_id]
+        if group.is_resident:
+            return True
+        here = [block for block in group.blocks if block.page is not None]
+        missing = [block for block in group.blocks if block.page is None]
+        slots = [block.slot for block in missing if block.slot is not None]
+        with self._held(here):  # or making room could take them
+            if not self._make_room(len(missing), seq_id, running):
+                return False
+            pages = self.pool.take(len(missing))
+            with self._kept_if_copied(self.pool, pages):
+                start = self._clock()
+                if pages:
+                    self._copier.swap_in(slots, pages)
+                now = self._clock()
+            self.pool.retain(_pages_of(here))
+        for block, page in zip(missing, pages, strict=True):
+            block.page = page
+            self._blocks[page] = block
+        self._leave_host(group)
+        group.is_resident = True
+        group.was_missed = True
+        group.pages = _pages_of(group.blocks)
+        group.state.swapped_in(now)
+        counters = self._counters
+        counters.groups_swapped_in += 1
+        counters.pages_swapped_in += len(pages)
+        counters.num_swap_ins += bool(pages)
+        counters.swap_in_s += now - start
+        return True
+
+    def swap_out(self, seq_id: int) -> bool:
+        """Preempt by swap: a protected sequence leaves the working set by this.
+
+        False, nothing changed: the host has no room, swapping is off, or the sequence is warm, pinned or not there.
+        """
+        group = self._groups[seq_id]
+        group_can = group.is_resident and group.blocks and not group.is_pinned and self.config.enable_swap
+        slots = sum(block.slot is None for block in group.blocks)
+        if not group_can or group.state.is_warm(self._clock()) or slots > self.host.num_free:
+            return False
+        self._move_out([group])
+        return True
+
+    # Steps
+
+    def touch(self, seq_ids: Iterable[int]) -> None:
+        """The step about to run reads all pages of these sequences, which must be on the device."""
+        now = self._clock()
+        for seq_id in seq_ids:
+            group = self._groups[seq_id]
+            if not group.is_resident:
+                raise ValueError(f"sequence {seq_id} is on the host: bring it in before a step reads it")
+            self._count_access(group, now)
+            group.state.accessed(now)
+            self.policy.accessed(seq_id)
+
+    def idle(self, seq_ids: Iterable[int]) -> None:
+        """These sequences no longer run."""
+        for seq_id in seq_ids:
+            self._groups[seq_id].state.idled()
+
+    def commit(self, seq_id: int, tokens: Sequence[int], num_computed: int) -> None:
+        """The KV of `tokens[:num_computed]` has been written: its full pages can be found by other sequences."""
+        group = self._groups[seq_id]
+        num_full = min(num_computed // self.pool.page_size, len(group.blocks))
+        if self._index is None or not group.is_findable or group.num_indexed >= num_full or not group.is_resident:
+            return
+        if group.tail is not None and not group.tail.is_indexed:  # it was needed for something else meanwhile
+            group.num_indexed, group.tail = 0, None
+        size = self.pool.page_size
+        for i in range(group.num_indexed, num_full):
+            block = group.blocks[i]
+            node = self._index.insert(group.tail, tokens[i * size : (i + 1) * size], block)
+            if node is None:
+                group.is_findable = False
+                return
+            if node.block is block and block.page is not None:
+                block.node = node
+                self.pool.keep(block.page)
+            group.tail = node
+            group.num_indexed = i + 1
+
+    # Prefixes
+
+    def cached_tokens(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens `open` would find, without taking anything."""
+        return len(self._match(tokens)) * self.pool.page_size
+
+    def get_cached_kv_handle(self, tokens: Sequence[int]) -> CachedKvHandle | None:
+        """Hold the KV of the longest known prefix on the device, or None; `release` it when done."""
+        if not self.cached_tokens(tokens):
+            return None
+        seq_id = self._next_handle
+        self._next_handle -= 1
+        num_tokens = self.open(seq_id, tokens)
+        self.pin(seq_id)
+        return CachedKvHandle(seq_id, num_tokens, tuple(self.pages(seq_id)))
+
+    def release(self, handle: CachedKvHandle) -> None:
+        """Give up a handle; its pages are no longer held. Once only."""
+        self.close(handle.seq_id)
+
+    # What is known
+
+    def page_states(self) -> dict[int, PageMetadata]:
+        """Every device page by id, and every host slot in use by `num_pages + slot`."""
+        return page_states(self.pool, self._groups.values(), self.policy, self._clock())
+
+    def pressure(self) -> float:
+        """Share of the pool's pages that sequences on the device hold."""
+        return self.pool.num_used / self.pool.num_pages
+
+    def stats(self) -> KvStats:
+        pool, host = self.pool, self.host
+        return KvStats(
+            num_pages=pool.num_pages,
+            num_free=pool.num_free,
+            num_used=pool.num_used,
+            num_shared=pool.num_shared,
+            num_cached=pool.num_cached,
+            num_host_slots=host.num_pages,
+            num_swapped=host.num_used,
+            fragmentation=fragmentation(pool, self._groups.values()),
+            counters=replace(self._counters),
+        )
+
+    def audit(self) -> None:
+        """Raise AssertionError unless pages, slots, blocks, groups and index agree."""
+        audit(self.pool, self.host, self._groups, self._blocks, self._index or ())
+
+    # Inside
+
+    def _match(self, tokens: Sequence[int]) -> list[PrefixNode]:
+        if self._index is None:
+            return []
+        return self._index.match(tokens, max(0, len(tokens) - 2) // self.pool.page_size)
+
+    def _make_room(self, count: int, seq_id: int, running: Collection[int]) -> bool:
+        """Have `count` free pages. False, or an error of the copier: nothing changed."""
+        pool = self.pool
+        short = count - pool.num_available
+        if short > 0:
+            victims, freed = self._victims(short, seq_id, running)
+            if freed < short:
+                return False
+            self._move_out(victims)
+        else:
+            self._relieve(count, seq_id, running)
+        while pool.num_free < count:
+            self._evict_cached()
+        return True
+
+    def _relieve(self, count: int, seq_id: int, running: Collection[int]) -> None:
+        """Swap idle sequences out when `count` more pages in use would pass the threshold."""
+        above = self.pool.num_used + count - int(self.config.swap_threshold * self.pool.num_pages)
+        if above > 0:
+            victims, _ = self._victims(above, seq_id, running, must_be_idle=True)
+            with suppress(GllmError):  # counted; there is room without it, and it shows again when there is none
+                self._move_out(victims)
+
+    def _victims(
+        self, wanted: int, seq_id: int, running: Collection[int], *, must_be_idle: bool = False
+    ) -> tuple[list[Group], int]:
+        """The groups to swap out for `wanted` pages, a whole number of granules, and how many they free."""
+        if not self.config.enable_swap:
+            return [], 0
+        granule = self.config.granularity_pages
+        now = self._clock()
+        excluded = {seq_id, *running}
+        candidates = [
+            Candidate(group.seq_id, group.pages, group.state.access_count, group.state.last_access)
+            for group in self._groups.values()
+            if group.pages
+            and not group.is_pinned
+            and group.seq_id not in excluded
+            and group.state.may_leave(now, must_be_idle=must_be_idle)
+        ]
+        chosen, freed = fewest_groups(
+            self.policy.ranked(candidates, now),
+            -(-wanted // granule) * granule,
+            holders=self.pool.holders,
+            needs_slot=lambda page: self._blocks[page].slot is None,
+            free_slots=self.host.num_free,
+        )
+        return [self._groups[candidate.group] for candidate in chosen], freed
+
+    def _move_out(self, groups: Sequence[Group]) -> None:
+        """Swap groups out in one copy. The caller has seen to it that the host has slots enough."""
+        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks if block.slot is None))
+        if not groups:
+            return
+        slots = self.host.take(len(blocks))
+        with self._kept_if_copied(self.host, slots):
+            start = self._clock()
+            if blocks:
+                self._copier.swap_out(_pages_of(blocks), slots)
+            now = self._clock()
+        for block, slot in zip(blocks, slots, strict=True):
+            block.slot = slot
+        counters = self._counters
+        for group in groups:
+            for block in group.blocks:
+                block.num_swapped += 1
+            self._release_blocks(group.blocks)
+            group.pages = []
+            swap_in_time = group.state.swap_in_time
+            counters.num_thrashed += swap_in_time is not None and start < swap_in_time + THRASH_S
+            group.is_resident = False
+            group.state.swapped_out()
+        counters.groups_swapped_out += len(groups)
+        counters.pages_swapped_out += len(blocks)
+        counters.num_swap_outs += bool(blocks)
+        counters.swap_out_s += now - start
+
+    def _let_go(self, group: Group) -> None:
+        """The sequence's blocks are no longer its own, wherever they are."""
+        if group.is_resident:
+            self._release_blocks(group.blocks)
+        else:
+            self._leave_host(group)
+        group.blocks = []
+        group.pages = []
+        group.is_resident = True
+        group.num_tokens = group.num_indexed = 0
+        group.tail = None
+
+    def _release_blocks(self, blocks: Sequence[Block]) -> None:
+        """Release device pages, last first, so that of a cached chain the end is evicted before what it follows."""
+        for block in reversed(blocks):
+            page = block.page
+            assert page is not None
+            self.pool.release((page,))
+            if not self.pool.holders(page) and not self.pool.is_cached(page):
+                del self._blocks[page]
+                block.page = None
+
+    def _leave_host(self, group: Group) -> None:
+        for block in group.blocks:
+            block.num_swapped -= 1
+            if block.num_swapped == 0 and block.slot is not None:
+                self.host.release((block.slot,))
+                block.slot = None
+
+    def _evict_cached(self) -> None:
+        """Make the cached page released longest ago free, and take what follows it out of the index."""
+        node = self._blocks[self.pool.oldest_cached()].node
+        assert node is not None
+        assert self._index is not None
+        for gone in self._index.remove(node):
+            block = as_block(gone.block)
+            page = block.page
+            assert page is not None
+            block.node = None
+            was_cached = self.pool.is_cached(page)
+            self.pool.forget(page)
+            if was_cached:
+                del self._blocks[page]
+                block.page = None
+                self._counters.cached_pages_evicted += 1
+
+    def _count_access(self, group: Group, now: float) -> None:
+        last = group.state.last_access
+        if last is not None and now - last <= self.config.working_set_window:
+            self._counters.working_set_accesses += 1
+            self._counters.working_set_hits += not group.was_missed
+        group.was_missed = False
+
+    @contextmanager
+    def _held(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Blocks on the device stay there meanwhile."""
+        self.pool.retain(_pages_of(blocks))
+        try:
+            yield
+        finally:
+            self._release_blocks(blocks)
+
+    @contextmanager
+    def _kept_if_copied(self, pool: PagePool, pages: Sequence[int]) -> Iterator[None]:
+        """Give newly taken pages back if the copy they were taken for fails."""
+        is_done = False
+        try:
+            yield
+            is_done = True
+        finally:
+            if not is_done:
+                self._counters.copy_failures += 1
+                pool.release(pages)
+
+
+def _pages_of(blocks: Iterable[Block]) -> list[int]:
+    return [block.page for block in blocks if block.page is not None]
