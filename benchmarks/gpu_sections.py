@@ -124,7 +124,7 @@ def _decode_row(
 ) -> None:
     pages = list(range(-(-(context + steps + 8) // 16)))
     loop = backend.start_decode(weights, kv, [DecodeRow(1, context, pages, SamplingConfig())])
-    program = loop._decoder.program  # type: ignore[attr-defined]
+    program = loop.decoder.program  # type: ignore[attr-defined]
     for _ in range(3):
         loop.step()
     before, found = backend.traffic(), []

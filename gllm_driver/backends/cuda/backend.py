@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import itertools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +18,7 @@ from ...driver.manifest import FOLDER
 from ...driver.memory import size_text
 from ...errors import CapacityError, UnsupportedError
 from ...launch import WEIGHT_DTYPES
-from ...ops.sample import PARAM_WORDS, pack_params, token_counts
-from ...types import (
-    DTYPES,
-    F32,
-    I32,
-    I64,
-    BatchInput,
-    LogitsTensor,
-    PageMetadata,
-    SequenceInput,
-    Tensor,
-    Traffic,
-)
+from ...types import DTYPES, F32, BatchInput, LogitsTensor, PageMetadata, SequenceInput, Tensor, Traffic
 from ..base import (
     DecodeLoop,
     DecodeRow,
@@ -38,10 +30,14 @@ from ..base import (
     checked,
     page_states,
 )
-from .decode import CudaDecodeLoop, DecoderPool
-from .memory import Mirror, free_nbytes, reserve
+from .decode import DecoderPool
+from .loop import CudaDecodeLoop
+from .memory import free_nbytes, reserve
+from .pages import PageCopies
 from .runtime import Runtime
-from .steps import Steps, table_width
+from .sampling import Sampler
+from .steps import Steps
+from .swap import SwapSpace, SwapStats
 from .upload import upload
 
 
@@ -72,8 +68,9 @@ class CudaBackend:
         self.device = self.runtime.device
         self._steps = Steps(self.runtime)
         self._decoders = DecoderPool(self.runtime)
-        self._choice: Mirror | None = None
-        self._forwards = 0
+        self._sampler = Sampler(self.runtime)
+        self._swaps: dict[int, SwapSpace] = {}  # by id of the cache
+        self._loops: weakref.WeakSet[CudaDecodeLoop] = weakref.WeakSet()
 
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
@@ -87,32 +84,28 @@ class CudaBackend:
         return self._tracked(WeightsHandle(tensors, model.vocab_size, model.forward, nbytes))
 
     def alloc_kv_cache(self, config: KvCacheConfig) -> KvCacheHandle:
-        free = free_nbytes(self.device)
-        if config.nbytes > free:
+        num_pages = config.num_pages + 1  # the last one is spare: what pads a step goes there
+        nbytes, free = num_pages * config.page_nbytes, free_nbytes(self.device)
+        if nbytes > free:
             raise CapacityError(
-                f"a KV cache of {config.num_pages * config.page_size} tokens needs {size_text(config.nbytes)}, "
+                f"a KV cache of {config.num_pages * config.page_size} tokens needs {size_text(nbytes)}, "
                 f"{self.device.name} has {size_text(free)} free: ask for a smaller context"
             )
-        buffer = reserve(self.device, config.nbytes, "the KV cache")
-        shape = (
-            config.num_pages,
-            config.num_layers,
-            2,
-            config.num_kv_heads,
-            config.page_size,
-            config.head_dim,
-        )
+        buffer = reserve(self.device, nbytes, "the KV cache")
+        shape = (num_pages, config.num_layers, 2, config.num_kv_heads, config.page_size, config.head_dim)
         with self.device:  # what was there before may be NaN, which a product with a zero weight would not hide
-            self.device.fill(buffer.address, 0, config.nbytes, self.runtime.stream)
+            self.device.fill(buffer.address, 0, nbytes, self.runtime.stream)
         return self._tracked(KvCacheHandle(config, Tensor(buffer.address, shape, DTYPES[config.dtype], buffer)))
 
     def _tracked(self, handle: Any) -> Any:
-        """`handle`; programs recorded for it go when it goes, before its id can belong to another."""
-        steps, decoders, key = self._steps, self._decoders, id(handle)
+        """`handle`; what was made for it goes when it goes, before its id can belong to another."""
+        steps, decoders, swaps, key = self._steps, self._decoders, self._swaps, id(handle)
 
         def forget() -> None:
             steps.forget(key)
             decoders.forget(key)
+            if swap := swaps.pop(key, None):
+                swap.close()
 
         weakref.finalize(handle, forget).atexit = False
         return handle
@@ -128,27 +121,37 @@ class CudaBackend:
     def batch_forward_gpu_pure(
         self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput
     ) -> list[LogitsTensor | None]:
-        self._forwards += 1
-        logits = self._steps.run(weights, kv, batch.sequences, "last").logits
-        assert logits is not None
+        logits = self._forward(kv, batch.sequences, lambda: self._steps.run(weights, kv, batch.sequences))
+        if logits is None:
+            return [None] * len(batch.sequences)
+        row, row_nbytes = itertools.count(), logits.row_nbytes
         return [
             LogitsTensor(
-                Tensor(logits.address + i * logits.row_nbytes, logits.shape[1:], F32, logits.owner), self._forwards
+                Tensor(logits.address + next(row) * row_nbytes, logits.shape[1:], F32, logits.owner),
+                self.runtime.num_forwards,
             )
             if sequence.wants_logits
             else None
-            for i, sequence in enumerate(batch.sequences)
+            for sequence in batch.sequences
         ]
 
     def extend(self, weights: WeightsHandle, kv: KvCacheHandle, sequence: SequenceInput) -> None:
-        self._forwards += 1
-        self._steps.run(weights, kv, [sequence], "none")
+        chunk = dataclasses.replace(sequence, wants_logits=False)
+        self._forward(kv, [chunk], lambda: self._steps.run(weights, kv, [chunk]))
 
     def logits_forward(self, weights: WeightsHandle, kv: KvCacheHandle, sequence: SequenceInput) -> np.ndarray:
-        self._forwards += 1
-        logits = self._steps.run(weights, kv, [sequence], "all").logits
+        logits = self._forward(kv, [sequence], lambda: self._steps.run_all(weights, kv, sequence))
         assert logits is not None
         return self.to_host(logits)
+
+    def _forward(
+        self, kv: KvCacheHandle, sequences: Sequence[SequenceInput], run: Callable[[], Tensor | None]
+    ) -> Tensor | None:
+        """A forward pass in its place: logits of earlier ones are overwritten, copies of its pages come first."""
+        self.runtime.num_forwards += 1
+        for sequence in sequences:
+            self._before(kv, sequence.pages)
+        return run()
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
         """A copy of a f32 or i32 array of the device, once all work queued before is done."""
@@ -167,48 +170,20 @@ class CudaBackend:
         prompt: Sequence[int] = (),
         output: Sequence[int] = (),
     ) -> int:
-        if logits.generation != self._forwards:
-            raise ValueError("these logits were overwritten by a later forward pass: sample before the next one")
-        V = logits.row.shape[0]
-        if self._choice is None:
-            fields = [("params", (1, PARAM_WORDS), I32), ("positions", (1,), I64), ("tokens", (1,), I32)]
-            self._choice = Mirror(self.device, fields)
-        choice = self._choice
-        arrays: dict[str, Tensor | None] = {name: choice.tensor(name) for name in ("params", "positions", "tokens")}
-        arrays["logits"] = Tensor(logits.row.address, (1, V), F32, logits.row.owner)
-        if config.has_penalties:
-            counts = token_counts(prompt, output, V)[np.newaxis]
-            buffer = reserve(self.device, counts.nbytes, "the counts of tokens")
-            self.device.copy_h2d(buffer.address, counts.ctypes.data, counts.nbytes)
-            arrays["counts"] = Tensor(buffer.address, counts.shape, I32, buffer)
-        program = self.runtime.program()
-        program.add("sample", arrays)
-        program.finish()
-        with self.device:
-            host = choice.host()
-            host["params"][:] = pack_params([config])
-            host["positions"][:] = position
-            choice.upload(self.runtime.stream)
-            program.issue()
-        return int(self.to_host(choice.tensor("tokens"))[0])
+        return self.sample_rows([SampleRow(logits, config, position, prompt, output)])[0]
 
     def sample_rows(self, rows: Sequence[SampleRow]) -> list[int]:
-        return [
-            self.sample_from_tensor(
-                row.logits, row.sampling, position=row.position, prompt=row.prompt, output=row.output
-            )
-            for row in rows
-        ]
+        if any(row.logits.generation != self.runtime.num_forwards for row in rows):
+            raise ValueError("these logits were overwritten by a later forward pass: sample before the next one")
+        return self._sampler.sample(rows) if rows else []
 
     def start_decode(self, weights: WeightsHandle, kv: KvCacheHandle, rows: Sequence[DecodeRow]) -> DecodeLoop:
-        if len(rows) != 1:
-            raise UnsupportedError("the CUDA backend continues one sequence at a time")
-        row = rows[0]
-        self._forwards += 1  # the loop writes where the logits of forward passes are
-        width = table_width(len(row.pages), kv.config.num_pages)
-        decoder, idle = self._decoders.take(weights, kv, width, row.sampling.has_penalties)
-        loop = CudaDecodeLoop(decoder, idle)
-        decoder.start(row)
+        if not rows:
+            raise ValueError("a decode loop has at least one row")
+        self.runtime.num_forwards += 1
+        before = functools.partial(self._before, kv)
+        loop = CudaDecodeLoop(self.runtime, self._decoders, weights, kv, rows, before)
+        self._loops.add(loop)
         return loop
 
     def prepare(self, dtypes: Iterable[str]) -> None:
@@ -216,13 +191,38 @@ class CudaBackend:
         self.runtime.library.load_all()
 
     def alloc_swap_space(self, kv: KvCacheHandle, num_slots: int) -> None:
-        raise UnsupportedError("the CUDA backend does not swap KV pages yet")
+        if old := self._swaps.pop(id(kv), None):
+            kv.host_slots = None
+            old.close()
+        if num_slots:
+            kv.host_slots = self._swaps[id(kv)] = SwapSpace(self.runtime, kv, num_slots)
 
     def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int], slots: Sequence[int]) -> None:
-        raise UnsupportedError("the CUDA backend does not swap KV pages yet")
+        self._swap(kv).swap_out(pages, slots)
+        self._keep_apart(kv, pages)
 
     def swap_in_pages(self, kv: KvCacheHandle, slots: Sequence[int], pages: Sequence[int]) -> None:
-        raise UnsupportedError("the CUDA backend does not swap KV pages yet")
+        self._swap(kv).swap_in(slots, pages)
+        self._keep_apart(kv, pages)
+
+    def swap_stats(self, kv: KvCacheHandle) -> SwapStats:
+        """Pages, bytes and seconds of the swaps that are done."""
+        return self._swap(kv).stats()
+
+    def _swap(self, kv: KvCacheHandle) -> SwapSpace:
+        if id(kv) not in self._swaps:
+            raise UnsupportedError("this KV cache has no swap space: call alloc_swap_space first")
+        return self._swaps[id(kv)]
+
+    def _before(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
+        """Steps to come use `pages`: copies of them that are under way come first."""
+        if swap := self._swaps.get(id(kv)):
+            swap.before(pages)
+
+    def _keep_apart(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
+        """A decode loop does not ask again before each step: if it has such pages, its next step waits."""
+        if any(loop.uses(kv, pages) for loop in self._loops):
+            self._before(kv, pages)
 
     def get_page_states(self, kv: KvCacheHandle) -> Mapping[int, PageMetadata]:
         return page_states(kv)
@@ -241,21 +241,27 @@ class CudaBackend:
         raise UnsupportedError("the CUDA backend does not rerank yet")
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
-        nbytes = kv.config.page_nbytes
-        out = np.empty((len(pages), nbytes), np.uint8)
-        with self.device:
-            self.runtime.stream.synchronize()
-            for row, page in zip(out, checked(pages, kv.config.num_pages, "page"), strict=True):
-                self.device.copy_d2h(row.ctypes.data, kv.tensor.address + page * nbytes, nbytes)
+        out = np.empty((len(pages), kv.config.page_nbytes), np.uint8)
+        with self._page_copies(kv, pages) as copies:
+            copies.to_host(pages, out)
         return out
 
     def copy_pages_from_host(self, kv: KvCacheHandle, pages: Sequence[int], data: np.ndarray) -> None:
-        nbytes = kv.config.page_nbytes
-        rows = np.ascontiguousarray(np.broadcast_to(data, (len(pages), nbytes)), np.uint8)
-        with self.device:
-            self.runtime.stream.synchronize()
-            for row, page in zip(rows, checked(pages, kv.config.num_pages, "page"), strict=True):
-                self.device.copy_h2d(kv.tensor.address + page * nbytes, row.ctypes.data, nbytes)
+        rows = np.ascontiguousarray(np.broadcast_to(data, (len(pages), kv.config.page_nbytes)), np.uint8)
+        if len(set(pages)) != len(pages):
+            raise ValueError(f"a page comes twice: {sorted(pages)}")
+        with self._page_copies(kv, pages) as copies:
+            copies.from_host(pages, rows)
+
+    @contextlib.contextmanager
+    def _page_copies(self, kv: KvCacheHandle, pages: Sequence[int]) -> Iterator[PageCopies]:
+        checked(pages, kv.config.num_pages, "page")
+        self._before(kv, pages)
+        copies = PageCopies(self.runtime, kv, max(len(pages), 1))
+        try:
+            yield copies
+        finally:
+            copies.close()
 
     def traffic(self) -> Traffic:
         return self.device.traffic()

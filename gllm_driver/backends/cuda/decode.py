@@ -1,45 +1,70 @@
-"""Decoding one sequence: a graph of forward pass, sampling and the copy of the token, replayed for every step."""
+"""Decoding sequences side by side: a graph of forward pass and sampling, replayed for every step, and its results."""
 
 from __future__ import annotations
 
-import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 
+from ...config import SamplingConfig
 from ...driver.memory import DeviceBuffer
-from ...errors import UnsupportedError
-from ...ops.sample import PARAM_WORDS, pack_params, token_counts
+from ...ops.sample import PARAM_WORDS, pack_params
 from ...types import F32, I32, I64, Tensor
 from ..base import DecodeRow, KvCacheHandle, StepTensors, WeightsHandle
 from .memory import Mirror, reserve
 from .runtime import Runtime
+from .sampling import upload_counts
+from .shapes import bucket, table_width
+
+MAX_IDLE_DECODERS = 32
+SLOTS = 2  # results of the step before may be read while a step runs
+NEUTRAL = SamplingConfig()
+
+Key = tuple[int, int, int, int, bool]  # ids of weights and cache, rows, page-table width, penalties
 
 
 class Decoder:
-    """The graph for one page-table width, with the device state it advances. Serves one sequence at a time."""
+    """The graph for a number of rows and a page-table width, with the device state it advances.
+
+    Serves one loop at a time. Rows without a sequence decode token 0 into the cache's spare page.
+    """
 
     def __init__(
-        self, runtime: Runtime, weights: WeightsHandle, kv: KvCacheHandle, table_width: int, has_penalties: bool
+        self,
+        runtime: Runtime,
+        weights: WeightsHandle,
+        kv: KvCacheHandle,
+        num_rows: int,
+        table_width: int,
+        has_penalties: bool,
     ) -> None:
         self._runtime = runtime
-        V = self._vocab_size = weights.vocab_size
+        S, V = num_rows, weights.vocab_size
+        self._shape = S, V
+        self.key: Key = (id(weights), id(kv), num_rows, table_width, has_penalties)
+        self.table_width = table_width
+        self._spare_page = kv.config.num_pages
         device = runtime.device
         self._state = Mirror(
             device,
             [
-                ("ids", (1,), I32),
-                ("positions", (1,), I64),
-                ("seq", (1,), I32),
-                ("offsets", (2,), I32),
-                ("page_table", (1, table_width), I32),
-                ("params", (1, PARAM_WORDS), I32),
+                ("ids", (S,), I32),
+                ("positions", (S,), I64),
+                ("seq", (S,), I32),
+                ("offsets", (S + 1,), I32),
+                ("page_table", (S, table_width), I32),
+                ("params", (S, PARAM_WORDS), I32),
             ],
         )
-        self._tokens = reserve(device, 4, "the chosen token")
-        self._counts: DeviceBuffer | None = reserve(device, 4 * V, "the counts of tokens") if has_penalties else None
-        self._token = device.pinned(4)
-        self._token_view = self._token.view(np.int32)
+        self._tokens = reserve(device, 4 * S, "the chosen tokens")
+        counts_nbytes = 4 * S * V
+        self._counts: DeviceBuffer | None = (
+            reserve(device, counts_nbytes, "counts of tokens") if has_penalties else None
+        )
+        self._chosen = device.pinned(SLOTS * 4 * S)
+        self._chosen_view = self._chosen.view(np.int32).reshape(SLOTS, S)
+        self._done = [device.event() for _ in range(SLOTS)]
         try:
             self._record(weights, kv)
         except BaseException:
@@ -47,11 +72,11 @@ class Decoder:
             raise
 
     def _record(self, weights: WeightsHandle, kv: KvCacheHandle) -> None:
-        runtime, state, V = self._runtime, self._state.tensor, self._vocab_size
+        runtime, state, (S, V) = self._runtime, self._state.tensor, self._shape
         self.generation = -1
         while self.generation != runtime.workspace.generation:
             self.generation = runtime.workspace.generation
-            logits = runtime.workspace.tensor("logits", (1, V), F32)
+            logits = runtime.workspace.tensor("logits", (S, V), F32)
             ids, positions = state("ids"), state("positions")
             step = StepTensors(
                 ids, positions, state("seq"), state("offsets"), state("page_table"), None, logits, is_decode=True
@@ -63,8 +88,8 @@ class Decoder:
                 {
                     "logits": logits,
                     "params": state("params"),
-                    "counts": Tensor(self._counts.address, (1, V), I32, self._counts) if self._counts else None,
-                    "tokens": Tensor(self._tokens.address, (1,), I32, self._tokens),
+                    "counts": Tensor(self._counts.address, (S, V), I32, self._counts) if self._counts else None,
+                    "tokens": Tensor(self._tokens.address, (S,), I32, self._tokens),
                     "ids": ids,
                     "positions": positions,
                 },
@@ -72,88 +97,105 @@ class Decoder:
             program.finish()
         if runtime.use_graphs:
             with runtime.device:
-                program.capture(after=self._fetch)
+                program.capture()
 
-    def _fetch(self) -> None:
-        self._runtime.device.copy_d2h(self._token.address, self._tokens.address, 4, self._runtime.stream)
+    def start(self, rows: Sequence[DecodeRow]) -> None:
+        """Take on sequences; their next step is the first. Needs the device's context."""
+        self._write([row.pages for row in rows])
+        host, S = self._state.host(), len(rows)
+        host["ids"][:S] = [row.token for row in rows]
+        host["positions"][:S] = [row.position for row in rows]
+        host["params"][:S] = pack_params(row.sampling for row in rows)
+        self._state.upload(self._runtime.stream)
+        if self._counts:
+            for i, row in enumerate(rows):
+                upload_counts(self._runtime, self._counts, i, row.sampling, row.prompt, row.output, self._shape[1])
 
-    def start(self, row: DecodeRow) -> None:
-        """Take on a sequence whose one new token is given."""
-        runtime = self._runtime
-        with runtime.device:
-            host = self._state.host()
-            host["ids"][:] = row.token
-            host["positions"][:] = row.position
-            host["seq"][:] = 0
-            host["offsets"][:] = 0, 1
-            host["page_table"][:] = 0
-            host["page_table"][0, : len(row.pages)] = row.pages
-            host["params"][:] = pack_params([row.sampling])
-            self._state.upload(runtime.stream)
-            if self._counts:
-                runtime.stream.synchronize()  # the copy below is in no stream's order
-                counts = token_counts(row.prompt, row.output, self._vocab_size)
-                runtime.device.copy_h2d(self._counts.address, counts.ctypes.data, counts.nbytes)
+    def take_over(self, other: Decoder, pages: Sequence[Sequence[int]]) -> None:
+        """Go on where `other`, of a narrower page table, stands. Needs the device's context."""
+        self._write(pages)
+        stream = self._runtime.stream
+        self._state.upload(stream)
+        copies = [(self._state.tensor(name), other._state.tensor(name)) for name in ("ids", "positions", "params")]
+        for mine, theirs in copies:
+            self._runtime.device.copy_d2d(mine.address, theirs.address, mine.nbytes, stream)
+        if self._counts and other._counts:
+            self._runtime.device.copy_d2d(self._counts.address, other._counts.address, self._counts.nbytes, stream)
 
-    def step(self) -> int:
-        """One forward pass and the token chosen from it, −1 if the logits hold no number."""
-        runtime = self._runtime
-        with runtime.device:
-            if self.program.is_captured:
-                self.program.replay()
-            else:
-                self.program.issue()
-                self._fetch()
-            runtime.stream.synchronize()
-        return int(self._token_view[0])
+    def _write(self, pages: Sequence[Sequence[int]]) -> None:
+        """The image for sequences with these pages, at first with the state of rows without a sequence."""
+        host, (S, _) = self._state.host(), self._shape
+        host["ids"][:] = 0
+        host["positions"][:] = 0
+        host["seq"][:] = np.arange(S)
+        host["offsets"][:] = np.arange(S + 1)
+        host["params"][:] = pack_params([NEUTRAL])
+        host["page_table"][:] = self._spare_page
+        for table, own in zip(host["page_table"], pages, strict=False):
+            table[: len(own)] = own
+
+    def set_pages(self, changes: Sequence[tuple[int, int, Sequence[int]]]) -> None:
+        """Write (row, first entry, pages) into page tables before the next step. Needs the device's context."""
+        table = self._state.host()["page_table"]
+        for row, first, pages in changes:
+            table[row, first : first + len(pages)] = pages
+        at = [(row * self.table_width + first, len(pages)) for row, first, pages in changes]
+        self._state.upload_parts("page_table", at, self._runtime.stream)
+
+    def launch(self, slot: int) -> None:
+        """Queue one step, whose tokens go to `slot`. Needs the device's context."""
+        stream = self._runtime.stream
+        if self.program.is_captured:
+            self.program.replay()
+        else:
+            self.program.issue()
+        nbytes = self._tokens.nbytes
+        self._runtime.device.copy_d2h(self._chosen.address + slot * nbytes, self._tokens.address, nbytes, stream)
+        self._done[slot].record(stream)
+
+    def tokens(self, slot: int, num_rows: int) -> list[int]:
+        """What the step into `slot` has chosen, −1 where the logits hold no number. Needs the device's context."""
+        self._done[slot].synchronize()
+        found: list[int] = self._chosen_view[slot, :num_rows].tolist()
+        return found
 
     def close(self) -> None:
         """Give everything back."""
         self.program.close()
         self._state.close()
-        self._token_view = np.zeros(0, np.int32)
-        self._token.free()
+        self._chosen_view = np.zeros((SLOTS, 0), np.int32)
+        for event in self._done:
+            event.close()
+        self._chosen.free()
 
 
 class DecoderPool:
-    """Decoders that wait for their next sequence, by (weights, cache, table width, penalties): recorded once each."""
+    """Decoders that wait for their next sequences: recorded once each, the one idle longest dropped when too many."""
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._idle: dict[tuple[int, int, int, bool], list[Decoder]] = {}
+        self._idle: OrderedDict[int, Decoder] = OrderedDict()  # by id, the one idle longest first
 
     def take(
-        self, weights: WeightsHandle, kv: KvCacheHandle, table_width: int, has_penalties: bool
-    ) -> tuple[Decoder, list[Decoder]]:
-        """A decoder, and the list to put it back to when its sequence has ended."""
-        idle = self._idle.setdefault((id(weights), id(kv), table_width, has_penalties), [])
-        while idle:
-            decoder = idle.pop()
+        self, weights: WeightsHandle, kv: KvCacheHandle, num_rows: int, num_pages: int, has_penalties: bool
+    ) -> Decoder:
+        """A decoder for so many sequences of at most `num_pages` pages."""
+        width = table_width(num_pages, kv.config.num_pages)
+        key = (id(weights), id(kv), bucket(num_rows), width, has_penalties)
+        for decoder in [d for d in reversed(self._idle.values()) if d.key == key]:
+            del self._idle[id(decoder)]
             if decoder.generation == self._runtime.workspace.generation:
-                return decoder, idle
+                return decoder
             decoder.close()  # it would keep memory that the workspace has left
-        return Decoder(self._runtime, weights, kv, table_width, has_penalties), idle
+        return Decoder(self._runtime, weights, kv, key[2], width, has_penalties)
+
+    def give_back(self, decoder: Decoder) -> None:
+        """`decoder` serves no loop any more; a step under way may finish."""
+        self._idle[id(decoder)] = decoder
+        while len(self._idle) > MAX_IDLE_DECODERS:
+            self._idle.popitem(last=False)[1].close()
 
     def forget(self, handle: int) -> None:
         """Close the idle decoders of weights or a cache (its id) that are gone."""
-        for key in [k for k in self._idle if handle in k[:2]]:
-            for decoder in self._idle.pop(key):
-                decoder.close()
-
-
-class CudaDecodeLoop:
-    """One sequence being continued: a graph launch and four bytes back per step."""
-
-    def __init__(self, decoder: Decoder, idle: list[Decoder]) -> None:
-        self._decoder = decoder
-        self._give_back = weakref.finalize(self, idle.append, decoder)
-        self._give_back.atexit = False
-
-    def step(self) -> list[int]:
-        return [self._decoder.step()]
-
-    def set_pages(self, row: int, pages: Sequence[int]) -> None:
-        raise UnsupportedError("on CUDA a decode loop's pages are all given at its start")
-
-    def close(self) -> None:
-        self._give_back()
+        for decoder in [d for d in self._idle.values() if handle in d.key[:2]]:
+            self._idle.pop(id(decoder)).close()

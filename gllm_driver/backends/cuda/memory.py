@@ -102,6 +102,15 @@ class Mirror:
         self._copied.record(stream)
         self._pending = True
 
+    def upload_parts(self, name: str, parts: Iterable[tuple[int, int]], stream: Stream) -> None:
+        """Copy only parts of one array: (first element, how many). Needs the device's context."""
+        offset, _, dtype = self._fields[name]
+        for first, count in parts:
+            at, nbytes = offset + first * dtype.block_nbytes, count * dtype.block_nbytes
+            self._device.copy_h2d(self._buffer.address + at, self._pinned.address + at, nbytes, stream)
+        self._copied.record(stream)
+        self._pending = True
+
     def close(self) -> None:
         """Free the image; device memory goes with the last tensor that uses it."""
         self._host = {}

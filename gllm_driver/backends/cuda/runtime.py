@@ -32,6 +32,7 @@ class Runtime:
         about = self.device.properties
         self.props = DeviceProps(about.cc, about.num_sms, about.max_smem_optin)
         self.workspace = Workspace(self.device)
+        self.num_forwards = 0  # passes that have written logits since; only the last one's are still there
         self._smem_nbytes: dict[str, int] = {}  # dynamic shared memory each kernel has opted in to
 
     def program(self) -> Program:
