@@ -124,7 +124,7 @@ def test_a_call_that_fails_ends_that_request_alone(stub: session.Stub, fault: st
         assert generate(llm) == expected
 
 
-@pytest.mark.parametrize("fault", ["cuLaunchKernel:5=700", "cuGraphLaunch:2=719", "cuStreamSynchronize:3=700"])
+@pytest.mark.parametrize("fault", ["cuLaunchKernel:5=700", "cuGraphLaunch:2=719", "cuEventSynchronize:3=700"])
 def test_a_lost_context_says_so_from_then_on(stub: session.Stub, fault: str) -> None:
     llm = load_cuda(tiny(MODEL), context_length=64)
     stub.set_faults(fault)
