@@ -79,7 +79,7 @@ class CudaBackend:
             if progress:
                 progress("load", done, total)
 
-        tensors, nbytes = upload(self.device, self.runtime.stream, model, dtype, report)
+        tensors, nbytes = upload(self.runtime, model, dtype, report)
         report(nbytes, nbytes)  # padding between tensors is not copied, but counted
         return self._tracked(WeightsHandle(tensors, model.vocab_size, model.forward, nbytes))
 
