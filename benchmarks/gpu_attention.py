@@ -144,10 +144,10 @@ class Bench:
                 todo.append((args, launch))
                 workspace = max(workspace, launch.workspace_nbytes)
         buffers.append(self.device.alloc(max(256, workspace)))
-        calls = [
-            (self.library.function(x.symbol), x, PackedParams(args, *([buffers[-1].address] * x.takes_workspace)))
-            for args, x in todo
-        ]
+        counters = np.zeros(1 + max(x.num_counters for _, x in todo), np.int32)
+        buffers.append(self.upload(counters))
+        extra = buffers[-2].address, buffers[-1].address
+        calls = [(self.library.function(x.symbol), x, PackedParams(args, *x.extra_params(*extra))) for args, x in todo]
 
         def record() -> None:
             for function, x, params in calls:

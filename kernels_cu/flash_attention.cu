@@ -191,8 +191,8 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   }
 #define SPLIT(dtype, H, D)                                                                                 \
   extern "C" __global__ void __launch_bounds__(SplitShape<D>::kThreads)                                    \
-      flash_attention__split_##dtype##_d##D(const __grid_constant__ FlashAttentionArgs a, void *scratch) { \
-    split_attention<H, D>(a, scratch);                                                                     \
+      flash_attention__split_##dtype##_d##D(const __grid_constant__ FlashAttentionArgs a, void *scratch, unsigned *counters) { \
+    split_attention<H, D>(a, scratch, counters);                                                                     \
   }
 #define ROWS(max_dim)                                                                                      \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
@@ -200,8 +200,8 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
     flash_rows<max_dim / 32>(a);                                                                           \
   }                                                                                                        \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
-      flash_attention__rows_split_d##max_dim(const __grid_constant__ FlashAttentionArgs a, void *scratch) { \
-    split_rows<max_dim / 32>(a, scratch);                                                                  \
+      flash_attention__rows_split_d##max_dim(const __grid_constant__ FlashAttentionArgs a, void *scratch, unsigned *counters) { \
+    split_rows<max_dim / 32>(a, scratch, counters);                                                                  \
   }
 #define TENSOR_CORES(dtype, H)          \
   FLASH(dtype, H, 64, 64, 2, 4, 32)     \
@@ -220,8 +220,3 @@ TENSOR_CORES(f16, __half)
 TENSOR_CORES(bf16, bf16)
 ROWS(128)
 ROWS(256)
-
-extern "C" __global__ void __launch_bounds__(kMergeThreads, 1)
-    flash_attention__merge(const __grid_constant__ FlashAttentionArgs a, void *scratch) {
-  merge_parts(a, scratch);
-}

@@ -1,6 +1,6 @@
 // paged_attention - decode: one query token per sequence. A block takes one span of the context for one group of heads, so
-// keys and values are read once; spans merge in a second kernel. Grid (splits, head groups, sequences), merge (heads,
-// sequences); both sized by the page table, blocks without work leave at once.
+// keys and values are read once; the last block of a group to finish merges its spans, in their order. Grid (splits, head
+// groups, sequences), sized by the page table: blocks without work leave at once. A counter per group and sequence.
 #include "generated/paged_attention_args.h"
 #include "common/attention_rows.cuh"
 #include "common/attention_split.cuh"
@@ -9,13 +9,13 @@ __device__ __forceinline__ int64_t only_query(const PagedAttentionArgs &, int se
 
 #define SPLIT(dtype, H, D)                                                                    \
   extern "C" __global__ void __launch_bounds__(SplitShape<D>::kThreads)                       \
-      paged_attention__split_##dtype##_d##D(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
-    split_attention<H, D>(a, scratch);                                                        \
+      paged_attention__split_##dtype##_d##D(const __grid_constant__ PagedAttentionArgs a, void *scratch, unsigned *counters) { \
+    split_attention<H, D>(a, scratch, counters);                                                        \
   }
 #define ROWS(max_dim)                                                                         \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                               \
-      paged_attention__rows_split_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch) { \
-    split_rows<max_dim / 32>(a, scratch);                                                     \
+      paged_attention__rows_split_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch, unsigned *counters) { \
+    split_rows<max_dim / 32>(a, scratch, counters);                                                     \
   }
 
 SPLIT(f16, __half, 64)
@@ -30,8 +30,3 @@ SPLIT(bf16, bf16, 128)
 SPLIT(bf16, bf16, 256)
 ROWS(128)
 ROWS(256)
-
-extern "C" __global__ void __launch_bounds__(kMergeThreads, 1)
-    paged_attention__merge(const __grid_constant__ PagedAttentionArgs a, void *scratch) {
-  merge_parts(a, scratch);
-}

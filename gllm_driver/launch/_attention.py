@@ -19,9 +19,8 @@ ROWS_DIMS = (128, 256)  # each kernel takes head_dims up to it
 MIN_SPAN = 256  # kMinSpan in kernels_cu/common/attention.cuh
 MAX_SPLITS = 256  # kMaxSplits
 GROUP_HEADS = 8  # kGroupHeads
-MERGE_THREADS = 256
 ROWS_WARPS = 4
-HEADER_NBYTES = 256
+MERGE_NBYTES = GROUP_HEADS * (MAX_SPLITS + 1) * 4  # kMergeNbytes
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def tile_row_nbytes(head_dim: int) -> int:
 
 
 def rows_smem_nbytes(head_dim: int) -> int:
-    """WarpParts of the `rows` kernels."""
-    return ROWS_WARPS * GROUP_HEADS * (2 + head_dim) * 4
+    """WarpParts of the `rows` kernels, or what merging spans takes."""
+    return max(ROWS_WARPS * GROUP_HEADS * (2 + head_dim) * 4, MERGE_NBYTES)
 
 
 def max_splits(cache: Cache, device: DeviceProps, deterministic: bool) -> int:
@@ -102,16 +101,14 @@ def max_splits(cache: Cache, device: DeviceProps, deterministic: bool) -> int:
 
 
 def split_launches(cache: Cache, device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """Attention of the sequences that have one query token, and the merge of its spans."""
+    """Attention of the sequences that have one query token; the last block of a group merges its spans."""
     splits = max_splits(cache, device, deterministic)
-    workspace = HEADER_NBYTES + cache.S * cache.H * splits * (2 + cache.Dh) * 4
+    parts = cache.S * cache.H * splits
+    workspace = ceil_div(parts, 2) * 16 + parts * cache.Dh * 4  # Partials
     if cache.tensor_cores:
         symbol, warps = f"{cache.op}__split_{cache.dtype}_d{cache.Dh}", 2 if cache.Dh > 128 else 4
         smem = warps * 2 * 2 * 16 * tile_row_nbytes(cache.Dh)  # stages, keys and values, keys of a tile
     else:
         symbol, warps, smem = cache.rows_symbol("rows_split"), ROWS_WARPS, rows_smem_nbytes(cache.Dh)
     grid = (splits, cache.head_groups, cache.S)
-    found = [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace)]
-    if splits > 1:
-        found.append(Launch(f"{cache.op}__merge", (cache.H, cache.S, 1), (MERGE_THREADS, 1, 1), 0, workspace))
-    return found
+    return [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace, num_counters=cache.head_groups * cache.S)]

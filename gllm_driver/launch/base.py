@@ -30,9 +30,15 @@ class Launch:
     smem_nbytes: int = 0  # dynamic shared memory
     workspace_nbytes: int = 0  # scratch in device memory; not 0: its address is the kernel's second parameter
 
+    num_counters: int = 0  # i32, zero before and after the launch; not 0: their address is the kernel's last parameter
+
     @property
     def takes_workspace(self) -> bool:
         return self.workspace_nbytes > 0
+
+    def extra_params(self, workspace: int, counters: int) -> tuple[int, ...]:
+        """The kernel's parameters behind its argument struct, given the addresses of workspace and counters."""
+        return (workspace,) * self.takes_workspace + (counters,) * (self.num_counters > 0)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -1,4 +1,4 @@
-"""Launches of paged_attention: one grid over (spans, heads, sequences), and one that merges spans."""
+"""Launches of paged_attention: one grid over (spans, heads, sequences)."""
 
 from __future__ import annotations
 

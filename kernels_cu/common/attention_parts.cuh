@@ -14,19 +14,18 @@ struct WarpParts {
       : states(static_cast<float *>(memory)), sums(states + kWarps * kGroupHeads * 2) {}
 };
 
-// Scratch memory of the split kernels: how many splits there are, then m and l, then o, of every (query head, split).
+// Scratch memory of the split kernels: m and l, then o, of every (query head, split).
 struct Partials {
   int max_splits;
-  float2 *states;  // [sequences * heads][max_splits]
+  float2 *states;  // [sequences * heads][max_splits], and one more where that is odd: o starts at a multiple of 16 bytes
   float *sums;     // [sequences * heads][max_splits][head_dim]
 
   template <class Args>
-  __device__ __forceinline__ Partials(const Args &a, void *scratch, int max_splits_) : max_splits(max_splits_) {
+  __device__ __forceinline__ Partials(const Args &a, void *scratch, int max_splits_)
+      : max_splits(max_splits_), states(static_cast<float2 *>(scratch)) {
     const int64_t num_states = static_cast<int64_t>(a.S) * (a.QD / a.Dh) * max_splits;
-    states = static_cast<float2 *>(byte_offset(scratch, kHeaderNbytes));
-    sums = reinterpret_cast<float *>(states + num_states);
+    sums = reinterpret_cast<float *>(states + (num_states + 1) / 2 * 2);
   }
-  static constexpr int kHeaderNbytes = 256;
 };
 
 // The heads one block of a decode grid works on: blockIdx.y counts the groups of all KV heads.
@@ -65,52 +64,86 @@ __device__ __forceinline__ void store_parts(const Args &a, const WarpParts<kWarp
   }
 }
 
-constexpr int kMergeWarps = 8;
-constexpr int kMergeThreads = kMergeWarps * 32;
+// What the last block of a group needs in shared memory to merge its spans: their weights, and the sums of these.
+constexpr int kMergeNbytes = kGroupHeads * (kMaxSplits + 1) * 4;
 
-// out of one (head, sequence) = blockIdx.x, .y from its spans' results. Spans go to the warps in turn, and the warps' sums
-// are added in order: one order for a given number of spans.
-template <class Args>
-__device__ __forceinline__ void merge_parts(const Args &a, void *scratch) {
-  SHARED(float, weights, kMaxSplits);
-  SHARED(float, totals, kMaxSplits);
-  SHARED(float, sums, kMergeWarps * 256);
-  const int head = blockIdx.x, sequence = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t token = only_query(a, sequence);
-  if (token < 0) return;
-  const Partials partials(a, scratch, *static_cast<const int *>(scratch));
-  const int position = static_cast<int>(a.positions[token]);
-  const int num = num_spans({visible_begin(a, position), position + 1}, partials.max_splits);
-  if (num == 1) return;  // the one block has written `out`
-  const int64_t row = (static_cast<int64_t>(sequence) * (a.QD / a.Dh) + head) * partials.max_splits;
-  const float2 *states = partials.states + row;
+// Whether this block is the last of `num` to come here with `counter`, which is 0 before the first and after the last. What
+// the others had written before is then visible to it. Every thread of the block calls.
+__device__ __forceinline__ bool is_last_block(unsigned *counter, int num) {
+  SHARED(unsigned, before, 1);
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) before[0] = atomicInc(counter, static_cast<unsigned>(num - 1));
+  __syncthreads();
+  const bool is_last = before[0] == static_cast<unsigned>(num - 1);
+  if (is_last) __threadfence();
+  return is_last;
+}
 
-  float top = -INFINITY;
-  for (int i = lane; i < num; i += 32) top = fmaxf(top, states[i].x);  // every warp for itself
-  top = shift_of(warp_max(top));
-  for (int i = threadIdx.x; i < num; i += kMergeThreads) {
-    const float weight = exp2_approx(states[i].x - top);
-    weights[i] = weight;
-    totals[i] = weight * states[i].y;
+// out of one sequence's group of heads from `num` spans' results, from scratch row `row` on. One order for a given number of
+// spans, whichever block comes last. `shared` has kMergeNbytes.
+template <int kThreads, class Args>
+__device__ __forceinline__ void merge_parts(const Args &a, const Partials &partials, const HeadGroup &group, int64_t token, int64_t row,
+                                            int num, void *shared) {
+  constexpr int kAtOnce = 8;  // loads of a thread
+  auto *weights = static_cast<float *>(shared), *totals = weights + kGroupHeads * kMaxSplits;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int h = warp; h < group.heads; h += kThreads / 32) {
+    const float2 *states = partials.states + (row + h) * partials.max_splits;
+    float top = -INFINITY, total = 0;
+    for (int i = lane; i < num; i += 32) top = fmaxf(top, states[i].x);
+    top = shift_of(warp_max(top));
+    for (int i = lane; i < num; i += 32) {
+      const float2 state = states[i];
+      const float weight = exp2_approx(state.x - top);
+      weights[h * kMaxSplits + i] = weight;
+      total = fmaf(weight, state.y, total);
+    }
+    total = warp_sum(total);
+    if (lane == 0) totals[h] = total;
   }
   __syncthreads();
-  float o[8] = {};  // dims lane, lane + 32, ...
-  for (int i = warp; i < num; i += kMergeWarps) {
-    const float weight = weights[i];
-    const float *sum = partials.sums + (row + i) * a.Dh;
+  const bool by_four = a.Dh % 4 == 0 && is_aligned(a.out, 16);
+  const int width = by_four ? 4 : 1, pieces = a.Dh / width;
+  for (int piece = threadIdx.x; piece < group.heads * pieces; piece += kThreads) {
+    const int h = piece / pieces, d = piece % pieces * width;
+    const float *sums = partials.sums + (row + h) * partials.max_splits * a.Dh + d, *weight = weights + h * kMaxSplits;
+    float *out = a.out + token * a.QD + (group.first + h) * a.Dh + d;
+    const float total = totals[h];
+    if (by_four) {
+      float4 o = make_float4(0, 0, 0, 0);
+      for (int begin = 0; begin < num; begin += kAtOnce) {
+        float4 sum[kAtOnce];
 #pragma unroll
-    for (int e = 0; e < 8; e++) {
-      if (lane + e * 32 < a.Dh) o[e] += weight * sum[lane + e * 32];
+        for (int i = 0; i < kAtOnce; i++) {
+          if (begin + i < num) sum[i] = load_f32x4(sums + static_cast<int64_t>(begin + i) * a.Dh);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+          if (begin + i >= num) break;
+          const float w = weight[begin + i];
+          o = make_float4(fmaf(w, sum[i].x, o.x), fmaf(w, sum[i].y, o.y), fmaf(w, sum[i].z, o.z), fmaf(w, sum[i].w, o.w));
+        }
+      }
+      store_f32x4(out, make_float4(o.x / total, o.y / total, o.z / total, o.w / total));
+    } else {
+      float o = 0;
+      for (int i = 0; i < num; i++) o = fmaf(weight[i], sums[static_cast<int64_t>(i) * a.Dh], o);
+      *out = o / total;
     }
   }
-#pragma unroll
-  for (int e = 0; e < 8; e++) sums[warp * 256 + lane + e * 32] = o[e];
-  __syncthreads();
-  for (int d = threadIdx.x; d < a.Dh; d += kMergeThreads) {
-    float total = 0, out = 0;
-    for (int i = 0; i < num; i++) total += totals[i];
-#pragma unroll
-    for (int w = 0; w < kMergeWarps; w++) out += sums[w * 256 + d];
-    a.out[token * a.QD + head * a.Dh + d] = out / total;
-  }
+}
+
+// The end of a block of the split kernels, which saw `span` of the keys `seen`: its warps' results together; and, where it is
+// the last of its group, those of all spans.
+template <int kWarps, class Args>
+__device__ __forceinline__ void finish_span(const Args &a, const WarpParts<kWarps> &parts, const HeadGroup &group, int sequence,
+                                            int64_t token, KeyRange seen, void *scratch, unsigned *counters) {
+  const int max_splits = gridDim.x, num = num_spans(seen, max_splits);
+  const int64_t row = static_cast<int64_t>(sequence) * (a.QD / a.Dh) + group.first;
+  const Partials partials(a, scratch, max_splits);
+  store_parts<kWarps>(a, parts, group, token, partials, row, blockIdx.x, num == 1);
+  if (num == 1) return;
+  if (!is_last_block(counters + static_cast<int64_t>(sequence) * gridDim.y + blockIdx.y, num)) return;
+  merge_parts<kWarps * 32>(a, partials, group, token, row, num, parts.states);
 }

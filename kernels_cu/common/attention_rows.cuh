@@ -107,10 +107,9 @@ __device__ __forceinline__ void attend_rows(const Args &a, int sequence, const H
 
 // One query against one span: the same grid and scratch as split_attention.
 template <int kPerLane, class Args>
-__device__ __forceinline__ void split_rows(const Args &a, void *scratch) {
+__device__ __forceinline__ void split_rows(const Args &a, void *scratch, unsigned *counters) {
   DYN_SHARED(unsigned char, shared);
   const int split = blockIdx.x, sequence = blockIdx.z, max_splits = gridDim.x;
-  if (split == 0 && blockIdx.y == 0 && sequence == 0 && threadIdx.x == 0) *static_cast<int *>(scratch) = max_splits;
   const int64_t token = only_query(a, sequence);
   if (token < 0) return;
   const int position = static_cast<int>(a.positions[token]);
@@ -121,7 +120,5 @@ __device__ __forceinline__ void split_rows(const Args &a, void *scratch) {
   const WarpParts<kRowsWarps> parts(shared);
   attend_rows<kPerLane>(a, sequence, group, token, position, span, parts);
   __syncthreads();
-  const bool is_whole = span.begin == seen.begin && span.end == seen.end;
-  store_parts<kRowsWarps>(a, parts, group, token, Partials(a, scratch, max_splits),
-                  static_cast<int64_t>(sequence) * (a.QD / a.Dh) + group.first, split, is_whole);
+  finish_span<kRowsWarps>(a, parts, group, sequence, token, seen, scratch, counters);
 }

@@ -15,7 +15,7 @@ struct SplitShape {
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kTile = kKeys * TileShape<D>::kStride;                 // elements
   static constexpr int kRingNbytes = kWarps * kStages * 2 * kTile * 2;        // each warp's keys and values
-  static_assert(WarpParts<kWarps>::nbytes(D) <= kRingNbytes, "the results take the ring's memory");
+  static_assert(WarpParts<kWarps>::nbytes(D) <= kRingNbytes && kMergeNbytes <= kRingNbytes, "the results take the ring's memory");
 };
 
 // f32 values enter the tensor cores in two 16-bit parts, rounded and rest. f16 rests are 2^11 times as large, as they would
@@ -70,14 +70,13 @@ struct WarpRing {
 };
 
 template <class H, int D, class Args>
-__device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
+__device__ __forceinline__ void split_attention(const Args &a, void *scratch, unsigned *counters) {
   using Shape = SplitShape<D>;
   using Tile = TileShape<D>;
   constexpr int kSteps = D / 16, kStride = Shape::kWarps * Shape::kKeys;
   DYN_SHARED(unsigned char, shared);
   const int split = blockIdx.x, sequence = blockIdx.z, max_splits = gridDim.x;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-  if (split == 0 && blockIdx.y == 0 && sequence == 0 && threadIdx.x == 0) *static_cast<int *>(scratch) = max_splits;
   const int64_t token = only_query(a, sequence);
   if (token < 0) return;
   const int position = static_cast<int>(a.positions[token]);
@@ -174,7 +173,5 @@ __device__ __forceinline__ void split_attention(const Args &a, void *scratch) {
     parts.sums[mine * D + n * 8 + column + 1] = join<H>(o[n][1], o[n][3]);
   }
   __syncthreads();
-  const bool is_whole = span.begin == seen.begin && span.end == seen.end;
-  store_parts<Shape::kWarps>(a, parts, group, token, Partials(a, scratch, max_splits),
-                  static_cast<int64_t>(sequence) * (a.QD / a.Dh) + group.first, split, is_whole);
+  finish_span<Shape::kWarps>(a, parts, group, sequence, token, seen, scratch, counters);
 }

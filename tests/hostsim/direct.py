@@ -117,9 +117,12 @@ class HostKernels:
         scratch = np.full(nbytes + 2 * SCRATCH_GUARD, 0xFF, np.uint8)
         address = scratch.ctypes.data + SCRATCH_GUARD
         address += -address % 256
+        counters = np.zeros(1 + max((launch.num_counters for launch in todo), default=0), np.int32)
         for launch in todo:
-            extra = (address,) if launch.takes_workspace else ()
+            extra = launch.extra_params(address, counters.ctypes.data)
             self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, args, *extra)
+        if counters.any():
+            raise KernelFailedError(f"{op}: counters are not zero after the launch")
         start = address - scratch.ctypes.data
         if not (scratch[:start] == 0xFF).all() or not (scratch[start + nbytes :] == 0xFF).all():
             raise KernelFailedError(f"{op}: written outside its {nbytes} bytes of scratch")

@@ -123,18 +123,23 @@ class DriverRunner:
         from gllm_driver.driver.launch import PackedParams
 
         nbytes = max((launch.workspace_nbytes for launch in todo), default=0)
+        counters = self.device.alloc(4 * max((launch.num_counters for launch in todo), default=0) + 4)
         guarded = self.device.alloc(nbytes + 2 * SCRATCH_GUARD)
         scratch = guarded.address + SCRATCH_GUARD
         with self.device:
             self.device.fill(guarded.address, 0xFF, guarded.nbytes, self.stream)
+            self.device.fill(counters.address, 0, counters.nbytes, self.stream)
             for launch in todo:
-                extra = (scratch,) if launch.takes_workspace else ()
-                params = PackedParams(args, *extra)
+                params = PackedParams(args, *launch.extra_params(scratch, counters.address))
                 function = self.library.function(launch.symbol)
                 function.launch(launch.grid, launch.block, launch.smem_nbytes, self.stream, params)
             self.stream.synchronize()
         left: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(guarded.nbytes, np.uint8)
         self.device.copy_d2h(left.ctypes.data, guarded.address, guarded.nbytes)
         guarded.free()
+        counted: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(counters.nbytes, np.uint8)
+        self.device.copy_d2h(counted.ctypes.data, counters.address, counters.nbytes)
+        counters.free()
+        assert (counted == 0).all(), "counters are left as they were found: zero"
         assert (left[:SCRATCH_GUARD] == 0xFF).all(), "written before the scratch memory"
         assert (left[SCRATCH_GUARD + nbytes :] == 0xFF).all(), "written beyond the scratch memory"

@@ -219,15 +219,15 @@ def symbols(found: list[Launch]) -> list[str]:
 
 def test_which_kernels_run() -> None:
     assert symbols(launched("flash_attention", "bf16", A100, T=9)) == ["bf16_d64"]
-    assert symbols(launched("flash_attention", "bf16", A100, T=1)) == ["split_bf16_d64", "merge"]
-    assert symbols(launched("flash_attention", "bf16", A100, T=9, S=2)) == ["bf16_d64", "split_bf16_d64", "merge"]
+    assert symbols(launched("flash_attention", "bf16", A100, T=1)) == ["split_bf16_d64"]
+    assert symbols(launched("flash_attention", "bf16", A100, T=9, S=2)) == ["bf16_d64", "split_bf16_d64"]
     assert launched("flash_attention", "bf16", A100, T=0, S=3) == []
     assert symbols(launched("flash_attention", "f16", A100, T=9, Dh=256)) == ["f16_d256"]
     assert symbols(launched("flash_attention", "f16", RTX_4090, T=9, Dh=256)) == ["f16_d256_m64"]
     assert symbols(launched("flash_attention", "f32", A100, T=9)) == ["rows_d128"]
     assert symbols(launched("flash_attention", "f16", A100, T=9, Dh=72)) == ["rows_d128"]
     assert symbols(launched("flash_attention", "f16", A100, T=9, Dh=129)) == ["rows_d256"]
-    assert symbols(launched("paged_attention", "f16", T4)) == ["rows_split_d128", "merge"]
+    assert symbols(launched("paged_attention", "f16", T4)) == ["rows_split_d128"]
     assert symbols(launched("paged_attention", "f16", A100, MP=16)) == ["split_f16_d64"]
     for array in ("q", "kv", "out"):
         assert symbols(launched("flash_attention", "f16", A100, misaligned=array, T=9)) == ["rows_d128"]
@@ -241,9 +241,10 @@ def test_a_head_dim_no_kernel_takes() -> None:
 def test_splits_are_bounded() -> None:
     table = {"MP": 1 << 17, "P": 16, "HK": 8, "heads": 32, "Dh": 128}  # 2M tokens
     for S, deterministic, most in ((1, True, 64), (256, True, 64), (256, False, 16)):
-        split, merge = launched("paged_attention", "bf16", A100, deterministic=deterministic, S=S, **table)
+        (split,) = launched("paged_attention", "bf16", A100, deterministic=deterministic, S=S, **table)
         assert split.grid == (most, 8, S)
-        assert split.workspace_nbytes == merge.workspace_nbytes == 256 + S * 32 * most * 130 * 4
+        assert split.workspace_nbytes == S * 32 * most * 130 * 4
+        assert split.num_counters == S * 8
     one = {"HK": 1, "heads": 1, "MP": 1 << 20}
     assert launched("paged_attention", "bf16", A100, **one)[0].grid[0] == _attention.MAX_SPLITS
 
@@ -258,7 +259,7 @@ def test_every_tile_has_a_block() -> None:
 
 def test_numbers_said_in_two_languages_are_equal() -> None:
     text = "".join(path.read_text() for path in sorted((ROOT / "kernels_cu" / "common").glob("attention*.cuh")))
-    for name in ("MIN_SPAN", "MAX_SPLITS", "GROUP_HEADS", "ROWS_WARPS", "HEADER_NBYTES"):
+    for name in ("MIN_SPAN", "MAX_SPLITS", "GROUP_HEADS", "ROWS_WARPS"):
         spelled = "k" + name.title().replace("_", "")
         match = re.search(rf"constexpr int {spelled} = (\d+);", text)
         assert match, spelled

@@ -12,7 +12,7 @@ from ...driver.graph import Graph
 from ...driver.launch import Function, PackedParams
 from ...launch import Launch, launches
 from ...ops import CONTRACTS
-from ...types import F32, U8, Tensor
+from ...types import F32, I32, U8, Tensor
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -64,10 +64,14 @@ class Program:
         runtime = self._runtime
         scratch_nbytes = max((launch.workspace_nbytes for _, launch in self._calls), default=0)
         scratch = runtime.workspace.tensor("scratch", (scratch_nbytes,), U8)
-        self._owners.append(scratch)
+        num_counters = max((launch.num_counters for _, launch in self._calls), default=0)
+        counters = runtime.workspace.tensor("counters", (num_counters,), I32)
+        self._owners += scratch, counters
         with runtime.device:
+            if num_counters:  # every launch leaves them so
+                runtime.device.fill(counters.address, 0, counters.nbytes, runtime.stream)
             for args, launch in self._calls:
-                params = PackedParams(args, scratch.address) if launch.takes_workspace else PackedParams(args)
+                params = PackedParams(args, *launch.extra_params(scratch.address, counters.address))
                 self._ready.append(_Ready(runtime.function(launch), launch, params))
         return self
 
