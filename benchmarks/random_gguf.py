@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import gguf
 import numpy as np
 
+from gllm_driver.quant.formats import FORMATS
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -30,13 +32,28 @@ SHAPES = {
     "llama-1b": Shape("llama", 2048, 8192, 32, 8, 64, 128256, 16, 5e5),
     "tiny": Shape("llama", 256, 704, 4, 2, 64, 4096, 4, 1e4),
 }
-TYPES = {
-    "f32": gguf.GGMLQuantizationType.F32,
-    "f16": gguf.GGMLQuantizationType.F16,
-    "bf16": gguf.GGMLQuantizationType.BF16,
-    "q8_0": gguf.GGMLQuantizationType.Q8_0,
-    "q4_0": gguf.GGMLQuantizationType.Q4_0,
-}
+Q4_K_M = "q4_k_m"  # a mix: mostly q4_k, some tensors q6_k
+TYPES = (
+    *("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl"),
+    *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", Q4_K_M),
+)
+ENCODED_ROWS = 64  # made by the encoder; the rest of a matrix repeats them
+
+
+def type_of(name: str, layer: int, layers: int, type_name: str) -> str:
+    """The type of a tensor in a file of type `type_name`."""
+    if type_name != Q4_K_M:
+        return type_name
+    favoured = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    if name == "token_embd.weight" or (favoured and ("attn_v" in name or "ffn_down" in name)):
+        return "q6_k"
+    return "q4_k"
+
+
+def encoded(values: np.ndarray, type_name: str) -> np.ndarray:
+    if type_name in FORMATS:
+        return FORMATS[type_name].quantize(values)
+    return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name.upper()])
 
 
 def write(path: str, shape: Shape, type_name: str) -> None:
@@ -56,11 +73,13 @@ def write(path: str, shape: Shape, type_name: str) -> None:
     writer.add_string("tokenizer.ggml.model", "no_vocab")
     writer.add_vocab_size(shape.vocab)
     rng = np.random.default_rng(0)
-    kind = TYPES[type_name]
 
-    def matrix(name: str, rows: int, columns: int) -> None:
-        values = rng.standard_normal((rows, columns), dtype=np.float32) * 0.02
-        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    def matrix(name: str, rows: int, columns: int, layer: int = 0) -> None:
+        kind = type_of(name, layer, shape.layers, type_name)
+        values = rng.standard_normal((ENCODED_ROWS, columns), dtype=np.float32) * 0.02
+        some = encoded(values, kind)
+        data = np.resize(some, (rows, some.shape[1]))
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
 
     def ones(name: str, n: int) -> None:
         writer.add_tensor(name, np.ones(n, np.float32))
@@ -74,13 +93,13 @@ def write(path: str, shape: Shape, type_name: str) -> None:
         if shape.arch == "qwen3":
             ones(prefix + "attn_q_norm.weight", shape.head_dim)
             ones(prefix + "attn_k_norm.weight", shape.head_dim)
-        matrix(prefix + "attn_q.weight", shape.heads * shape.head_dim, shape.hidden)
-        matrix(prefix + "attn_k.weight", shape.kv_heads * shape.head_dim, shape.hidden)
-        matrix(prefix + "attn_v.weight", shape.kv_heads * shape.head_dim, shape.hidden)
-        matrix(prefix + "attn_output.weight", shape.hidden, shape.heads * shape.head_dim)
-        matrix(prefix + "ffn_gate.weight", shape.ffn, shape.hidden)
-        matrix(prefix + "ffn_up.weight", shape.ffn, shape.hidden)
-        matrix(prefix + "ffn_down.weight", shape.hidden, shape.ffn)
+        matrix(prefix + "attn_q.weight", shape.heads * shape.head_dim, shape.hidden, layer)
+        matrix(prefix + "attn_k.weight", shape.kv_heads * shape.head_dim, shape.hidden, layer)
+        matrix(prefix + "attn_v.weight", shape.kv_heads * shape.head_dim, shape.hidden, layer)
+        matrix(prefix + "attn_output.weight", shape.hidden, shape.heads * shape.head_dim, layer)
+        matrix(prefix + "ffn_gate.weight", shape.ffn, shape.hidden, layer)
+        matrix(prefix + "ffn_up.weight", shape.ffn, shape.hidden, layer)
+        matrix(prefix + "ffn_down.weight", shape.hidden, shape.ffn, layer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,15 +1,18 @@
 """Activations as matmul wants them: f32 rows, or rows quantized to bytes for block-quantized weights.
 
-A quantized row of K values (K a multiple of 32, padded to an even number Kp / 32 of blocks) lies as
-    bytes  i8  [Kp]      q = round(x / d), d = max|x| / 127 per block of 32
-    corr   i32 [Kp / 4]  −8 · Σ of 4 neighbouring q: what an unsigned weight's zero point of 8 adds, taken back
-    scale  f32 [Kp / 4]  d, once for each 4 neighbouring q
-With 64-byte vectors two blocks interleave by halves (first halves of both, then second halves), so that a vector of
-packed 4-bit weights unpacks with one shift. The padding block has q = 0 and d = 0.
+A quantized row of K values (K a multiple of 32, padded to whole groups of 256, 8 blocks each) lies group by group as
+    bytes  i8  [4, 8, 8]  q = round(x / d), d = max|x| / 127 per block of 32: the eight bytes 8j … 8j + 7 of block s
+                          at [j, s], as unpack.py brings weights
+    scale  f32 [8, 2]     d of each block, twice: the lanes in which a block's products end when four are summed
+    sum    i32 [8, 2]     −Σ of the 16 q that are multiplied in a lane: what a weight's zero point is multiplied with
+    second i32 [8, 2]     the same of pieces 2 and 3 alone
+    total  f32 [8, 2]     d · Σ: what a weight's offset is multiplied with
+Padding has q = 0 and d = 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +20,7 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from .blocks import GROUP, SUB_BLOCK
 from .emit import i64
 from .simd import (
     F32,
@@ -29,28 +33,14 @@ from .simd import (
     load_f32,
     pointer,
     put_f32,
-    put_i32,
+    put_i64,
     store_f32,
 )
 from .sync import take
 
-BLOCK = 32
-GROUPED = LANES == 16  # two blocks to a vector
-HALF_STRIDE = 32 if GROUPED else 16  # bytes from the first half of a block to its second
+SCALES_AT, SUMS_AT, SECOND_SUMS_AT, TOTALS_AT = GROUP, GROUP + 64, GROUP + 128, GROUP + 192
+GROUP_NBYTES = GROUP + 256
 FIRST_BLOCK_DTYPE = 8  # dtype codes from here on are block formats (gllm_driver/types.py)
-
-
-def padded(b: ir.IRBuilder, K: ir.Value) -> ir.Value:
-    """K rounded up to two blocks."""
-    return b.and_(b.add(K, i64(2 * BLOCK - 1)), i64(-2 * BLOCK))
-
-
-def corr_offset(b: ir.IRBuilder, K: ir.Value) -> ir.Value:
-    return padded(b, K)
-
-
-def scale_offset(b: ir.IRBuilder, K: ir.Value) -> ir.Value:
-    return b.mul(padded(b, K), i64(2))
 
 
 @njit
@@ -58,16 +48,15 @@ def row_nbytes(K, dtype):
     """Bytes of one prepared row of K activations for a weight of this dtype code, a multiple of 64."""
     if dtype < FIRST_BLOCK_DTYPE:
         return (K * 4 + 63) // 64 * 64
-    Kp = (K + 63) // 64 * 64
-    return 3 * Kp
+    return (K + GROUP - 1) // GROUP * GROUP_NBYTES
 
 
 @intrinsic
-def _quantize_block(typingctx: Any, x: Any, q: Any, corr: Any, scale: Any) -> Any:
-    """Quantize 32 f32 at x; q, corr and scale are addresses of the block's first half. NaN or inf makes d NaN."""
+def _quantize_block(typingctx: Any, x: Any, out: Any) -> Any:
+    """Quantize 32 f32 at x to block 0 of the group at `out` (later blocks: 8 bytes further). NaN or inf makes d NaN."""
 
     def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
-        src, q_at, corr_at, scale_at = args
+        src, out = args
         floats, ints = ir.VectorType(F32, 32), ir.VectorType(I32, 32)
         v = b.load(pointer(b, src, floats), align=4)
         magnitude = call_llvm(b, "llvm.fabs.v32f32", floats, [v])
@@ -82,47 +71,46 @@ def _quantize_block(typingctx: Any, x: Any, q: Any, corr: Any, scale: Any) -> An
         scaled = b.select(llvm_splat(b, usable, 32), scaled, ir.Constant(floats, [0.0] * 32))
         rounded = b.fptosi(call_llvm(b, "llvm.rint.v32f32", floats, [scaled]), ints)
         scale = b.select(usable, scale, ir.Constant(F32, float("nan")))
-        for half in (0, 1):
-            part = _lanes(b, rounded, [16 * half + lane for lane in range(16)])
-            bytes_ = b.trunc(part, ir.VectorType(I8, 16))
-            b.store(bytes_, pointer(b, b.add(q_at, i64(HALF_STRIDE * half)), bytes_.type), align=4)
-            fours = [_lanes(b, part, [4 * lane + j for lane in range(4)]) for j in range(4)]
-            sums = b.add(b.add(fours[0], fours[1]), b.add(fours[2], fours[3]))
-            sums = b.mul(sums, ir.Constant(sums.type, [-8] * 4))
-            b.store(sums, pointer(b, b.add(corr_at, i64(HALF_STRIDE * half)), sums.type), align=4)
-            ds = llvm_splat(b, scale, 4)
-            b.store(ds, pointer(b, b.add(scale_at, i64(HALF_STRIDE * half)), ds.type), align=4)
+
+        def store(value: ir.Value, offset: int) -> None:
+            b.store(value, pointer(b, b.add(out, i64(offset)), value.type), align=4)
+
+        bytes_ = b.trunc(rounded, ir.VectorType(I8, 32))
+        for j in range(4):
+            store(_lanes(b, bytes_, range(8 * j, 8 * j + 8)), 64 * j)
+        store(llvm_splat(b, scale, 2), SCALES_AT)
+        halves = []
+        for first in (0, 16):
+            parts = [
+                _lanes(b, rounded, [first + 8 * piece + i, first + 8 * piece + 4 + i])
+                for piece in (0, 1)
+                for i in range(4)
+            ]
+            while len(parts) > 1:
+                parts = [b.add(one, two) for one, two in zip(parts[::2], parts[1::2], strict=True)]
+            halves.append(parts[0])
+        both = b.add(*halves)
+        store(b.neg(both), SUMS_AT)
+        store(b.neg(halves[1]), SECOND_SUMS_AT)
+        store(b.fmul(b.sitofp(both, ir.VectorType(F32, 2)), llvm_splat(b, scale, 2)), TOTALS_AT)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.void(types.int64, types.int64), codegen
 
 
-def _lanes(b: ir.IRBuilder, vector: ir.Value, lanes: list[int]) -> ir.Value:
-    return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
-
-
-@njit
-def _half_offset(block):
-    """Byte offset of a block's first half in each of the three arrays (4 values of 4 bytes, or 16 bytes, a half)."""
-    if GROUPED:
-        return block // 2 * 2 * BLOCK + block % 2 * 16
-    return block * BLOCK
+def _lanes(b: ir.IRBuilder, vector: ir.Value, lanes: Sequence[int]) -> ir.Value:
+    return b.shuffle_vector(vector, vector, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
 
 @njit
 def quantize_row(x, K, out):
     """Quantize K f32 at x into the layout above at out."""
-    Kp = (K + 63) // 64 * 64
-    corr, scale = out + Kp, out + 2 * Kp
-    for block in range(K // BLOCK):
-        at = _half_offset(block)
-        _quantize_block(x + 4 * BLOCK * block, out + at, corr + at, scale + at)
-    if Kp > K:
-        for half in range(2):
-            at = _half_offset(K // BLOCK) + HALF_STRIDE * half
-            for array in range(3):
-                for i in range(4):
-                    put_i32(out + array * Kp + at + 4 * i, 0)
+    if K % GROUP != 0:
+        last = out + K // GROUP * GROUP_NBYTES
+        for i in range(GROUP_NBYTES // 8):
+            put_i64(last + 8 * i, 0)
+    for block in range(K // SUB_BLOCK):
+        _quantize_block(x + 4 * SUB_BLOCK * block, out + block // 8 * GROUP_NBYTES + block % 8 * 8)
 
 
 @njit

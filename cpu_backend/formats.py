@@ -1,6 +1,6 @@
 """Per-dtype functions behind the team's tables: dequantize a row, and weigh values (the P·V half of attention).
 
-Adding a storage format means adding its decode here and its tile in matmul.py; no op kernel changes.
+Adding a block format means a row in blocks.py, adding a float format its decode here; no op kernel changes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from numba.extending import intrinsic
 
 from gllm_driver.types import FLOAT_DTYPES
 
+from .activations import copy_row
+from .blocks import GROUP, PIECES, SUB_BLOCK, BlockFormat, block_format
 from .emit import emit_loop, i64
-from .matmul import BLOCK_FORMATS, ITEM_NBYTES
+from .matmul import ITEM_NBYTES
 from .simd import (
     F32,
+    I32,
     LANES,
     bf16_at,
     f16_at,
@@ -33,11 +36,13 @@ from .simd import (
     put_bf16,
     put_f16,
     put_f32,
+    put_u8,
     store_bf16,
     store_f16,
     store_f32,
     u8_at,
 )
+from .unpack import lane_mask, load_group, part
 
 STORE = {"f32": (store_f32, put_f32), "f16": (store_f16, put_f16), "bf16": (store_bf16, put_bf16)}
 LOAD = {"f32": (load_f32, f32_at), "f16": (load_f16, f16_at), "bf16": (load_bf16, bf16_at)}
@@ -59,31 +64,70 @@ def make_dequantize(dtype: str) -> tuple[Callable, tuple]:
                 k += 1
 
         return dequantize_float, (types.int64,) * 3
-    nbytes = BLOCK_FORMATS[dtype].nbytes
-    if dtype == "q8_0":
+    format = block_format(dtype)
+    assert format is not None
+    nbytes, block_size, block_nbytes = format.group_nbytes, format.block_size, format.block_nbytes
+    group, group_memory, value_memory = _dequantize_group(format), _stack_bytes(nbytes), _stack_bytes(4 * GROUP)
 
-        def dequantize_q8_0(row, K, out):
-            for _block in range(K // 32):
-                d = f16_at(row)
-                for j in range(32):
-                    q = (u8_at(row + 2 + j) ^ 0x80) - 0x80
-                    put_f32(out + 4 * j, types.float32(q) * d)
-                row += nbytes
-                out += 128
-
-        return dequantize_q8_0, (types.int64,) * 3
-
-    def dequantize_q4_0(row, K, out):
-        for _block in range(K // 32):
-            d = f16_at(row)
-            for j in range(16):
-                q = u8_at(row + 2 + j)
-                put_f32(out + 4 * j, types.float32((q & 15) - 8) * d)
-                put_f32(out + 4 * j + 64, types.float32((q >> 4) - 8) * d)
+    def dequantize_blocks(row, K, out):
+        for _group in range(K // GROUP):
+            group(row, out)
             row += nbytes
-            out += 128
+            out += 4 * GROUP
+        rest = K % GROUP
+        if rest != 0:  # no whole group is there to be read or written
+            padded, values = group_memory(), value_memory()
+            there = rest // block_size * block_nbytes
+            for i in range(nbytes):
+                put_u8(padded + i, u8_at(row + i) if i < there else 0)
+            group(padded, values)
+            copy_row(values, rest, out)
 
-    return dequantize_q4_0, (types.int64,) * 3
+    return dequantize_blocks, (types.int64,) * 3
+
+
+def _dequantize_group(format: BlockFormat) -> Any:
+    """group(address, out): 256 weights to f32."""
+
+    @intrinsic
+    def group(typingctx: Any, address: Any, out: Any) -> Any:
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            loaded = load_group(b, format, args[0], for_dots=False)
+            ints, floats = ir.VectorType(I32, 8), ir.VectorType(F32, 8)
+            zero = ir.Constant(ints, [loaded.zero_point] * 8)
+            extend = b.zext if loaded.unsigned else b.sext
+            for s, j in PIECES:
+                q = b.sub(extend(part(b, loaded.bytes[j], s, 8), ints), zero)
+                n = j // 2 if len(loaded.scales) == 2 else 0
+                lanes = lane_mask([2 * s] * 8)
+                x = b.sitofp(q, floats)
+                d = b.shuffle_vector(loaded.scales[n], loaded.scales[n], lanes)
+                if loaded.offsets:
+                    x = llvm_fma(b, x, d, b.shuffle_vector(loaded.offsets[n], loaded.offsets[n], lanes))
+                else:
+                    x = b.fmul(x, d)
+                b.store(x, pointer(b, b.add(args[1], i64(4 * (SUB_BLOCK * s + 8 * j))), floats), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
+    return group
+
+
+def _stack_bytes(count: int) -> Any:
+    """memory(): the address of `count` bytes in the caller's frame."""
+
+    @intrinsic
+    def memory(typingctx: Any) -> Any:
+        def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
+            with b.goto_entry_block():
+                found = b.alloca(ir.ArrayType(ir.IntType(8), count))
+                found.align = 64
+            return b.ptrtoint(found, ir.IntType(64))
+
+        return types.int64(), codegen
+
+    return memory
 
 
 def _weigh_tile(dtype: str, C: int, vectors: int, lanes: int) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from gllm_driver.types import DTYPES, FLOAT_DTYPES
 
+from .blocks import block_format
 from .compile import Entry
 
 OPS = (
@@ -21,7 +22,9 @@ OPS = (
     "kv_pages",
     "pack_weight",
 )
-WEIGHT_DTYPES: tuple[str, ...] = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
+WEIGHT_DTYPES: tuple[str, ...] = tuple(
+    d for d in DTYPES if d in FLOAT_DTYPES or block_format(d) is not None
+)  # stored types that products and look-ups compute
 TABLES = ("matmul", "dequantize", "weigh")  # fields of the team's struct, indexed by dtype code
 
 

@@ -7,9 +7,10 @@ from numba import njit
 from gllm_driver.types import DTYPES
 
 from .simd import i32_at
+from .team import MAX_DTYPES
 
-_BLOCK = tuple(next((d.block_size for d in DTYPES.values() if d.code == c), 1) for c in range(64))
-_NBYTES = tuple(next((d.block_nbytes for d in DTYPES.values() if d.code == c), 0) for c in range(64))
+_BLOCK = tuple(next((d.block_size for d in DTYPES.values() if d.code == c), 1) for c in range(MAX_DTYPES))
+_NBYTES = tuple(next((d.block_nbytes for d in DTYPES.values() if d.code == c), 0) for c in range(MAX_DTYPES))
 
 
 @njit

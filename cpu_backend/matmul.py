@@ -11,7 +11,6 @@ per block, and weights are only ever unpacked into registers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -19,30 +18,26 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
-from .activations import BLOCK, corr_offset, scale_offset
-from .emit import emit_byte_dot, emit_loop, i64, prefetch, weights_are_unsigned
+from .activations import GROUP_NBYTES, SCALES_AT, SECOND_SUMS_AT, SUMS_AT, TOTALS_AT
+from .blocks import GROUP, BlockFormat, block_format
+from .emit import emit_byte_dot, emit_loop, i64, prefetch
 from .simd import (
-    F16,
     F32,
     I8,
-    I16,
     I32,
     LANES,
     llvm_fma,
     llvm_hsum,
     llvm_load_float,
-    llvm_splat,
     pointer,
 )
+from .unpack import Group, load_group, part
 
-TILE_ROWS, TILE_TOKENS = 4, 4
 # Rows read side by side for a single token: the hardware prefetcher follows four long rows by itself, but not eight;
 # short rows of blocks want eight, and their next tile prefetched by hand.
 TALL_FLOAT_ROWS, TALL_BLOCK_ROWS = 4, 8
+FEW = 8  # tokens of a tile that still waits for memory
 ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
-GROUP = max(LANES // 8, 1)  # blocks whose bytes fill a vector
-
-Codegen = Callable[..., None]
 
 
 def _zeros(vector: ir.VectorType) -> ir.Constant:
@@ -50,19 +45,20 @@ def _zeros(vector: ir.VectorType) -> ir.Constant:
 
 
 def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.Value]) -> None:
-    w, w_stride, x, x_stride, K, out, out_stride = args
-    rows = [b.add(w, b.mul(w_stride, i64(r))) for r in range(R)]
-    tokens = [b.add(x, b.mul(x_stride, i64(c))) for c in range(C)]
+    (w, w_stride, num_rows), (x, x_stride, num_tokens), K, _, out, out_stride = args[:3], args[3:6], *args[6:]
+    rows = [b.add(w, b.mul(w_stride, _at_most(b, r, num_rows))) for r in range(R)]
+    tokens = [b.add(x, b.mul(x_stride, _at_most(b, c, num_tokens))) for c in range(C)]
     size = ITEM_NBYTES[dtype]
     num_vectors = b.sdiv(K, i64(LANES))
 
     def body(i: ir.Value, acc: list[ir.Value]) -> list[ir.Value]:
         w_at, x_at = b.mul(i, i64(LANES * size)), b.mul(i, i64(LANES * 4))
-        xs = [llvm_load_float(b, "f32", b.add(t, x_at), LANES) for t in tokens]
-        new = []
-        for r in range(R):
-            wv = llvm_load_float(b, dtype, b.add(rows[r], w_at), LANES)
-            new += [llvm_fma(b, wv, xs[c], acc[r * C + c]) for c in range(C)]
+        ws = [llvm_load_float(b, dtype, b.add(row, w_at), LANES) for row in rows]
+        new = list(acc)
+        for c in range(C):
+            xv = llvm_load_float(b, "f32", b.add(tokens[c], x_at), LANES)
+            for r in range(R):
+                new[r * C + c] = llvm_fma(b, ws[r], xv, acc[r * C + c])
         return new
 
     acc = emit_loop(b, num_vectors, [_zeros(ir.VectorType(F32, LANES))] * (R * C), body)
@@ -79,181 +75,228 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
         return new
 
     sums = emit_loop(b, b.sub(K, done), [llvm_hsum(b, a) for a in acc], tail)
-    _store_tile(b, sums, R, C, out, out_stride)
+    _store_tile(b, sums, R, C, num_rows, num_tokens, out, out_stride)
 
 
-def _store_tile(b: ir.IRBuilder, sums: list[ir.Value], R: int, C: int, out: ir.Value, out_stride: ir.Value) -> None:
-    for r in range(R):
-        for c in range(C):
-            at = b.add(out, b.add(b.mul(out_stride, i64(c)), i64(4 * r)))
+def _store_tile(
+    b: ir.IRBuilder,
+    sums: list[ir.Value],
+    R: int,
+    C: int,
+    rows: ir.Value,
+    tokens: ir.Value,
+    out: ir.Value,
+    out_stride: ir.Value,
+) -> None:
+    for c in range(C):
+        row = b.add(out, b.mul(out_stride, _at_most(b, c, tokens)))
+        for r in range(R):
+            at = b.add(row, b.mul(_at_most(b, r, rows), i64(4)))
             b.store(sums[r * C + c], pointer(b, at, F32), align=4)
 
 
-@dataclass(frozen=True)
-class BlockFormat:
-    """How a group of G consecutive blocks of a row (G = 2 with 64-byte vectors, else 1) becomes bytes and scales.
-
-    Bytes come in the order activations.py stores its own: the first halves of the blocks, then the second halves.
-    """
-
-    nbytes: int
-    load_bytes: Callable[[ir.IRBuilder, ir.Value, int], ir.Value]  # (b, address of the first block, blocks there are)
-    zero_point: int
-
-
-def _quarter(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    return b.load(pointer(b, address, ir.VectorType(I8, 16)), align=1)
-
-
-def _join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
-    """Concatenate equal vectors (a power of two of them)."""
-    while len(parts) > 1:
-        lanes = ir.Constant(ir.VectorType(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
-        parts = [b.shuffle_vector(x, y, lanes) for x, y in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
-
-
-def _q8_0_bytes(b: ir.IRBuilder, block: ir.Value, blocks: int) -> ir.Value:
-    halves = [
-        _quarter(b, b.add(block, i64(34 * g + 2 + 16 * half))) if g < blocks else _zero_bytes(16)
-        for half in (0, 1)
-        for g in range(GROUP)
-    ]
-    raw = _join(b, halves)
-    if not weights_are_unsigned():
-        return raw
-    return b.xor(raw, ir.Constant(raw.type, [0x80] * raw.type.count))
-
-
-def _q4_0_bytes(b: ir.IRBuilder, block: ir.Value, blocks: int) -> ir.Value:
-    packed = _join(
-        b, [_quarter(b, b.add(block, i64(18 * g + 2))) if g < blocks else _zero_bytes(16) for g in range(GROUP)]
-    )
-    words = ir.VectorType(I16, 16 * GROUP)
-    both = b.bitcast(_join(b, [packed, packed]), words)
-    shifted = b.lshr(both, ir.Constant(words, [0] * (8 * GROUP) + [4] * (8 * GROUP)))
-    nibbles = b.bitcast(shifted, ir.VectorType(I8, 32 * GROUP))
-    nibbles = b.and_(nibbles, ir.Constant(nibbles.type, [15] * nibbles.type.count))
-    if weights_are_unsigned():
-        return nibbles
-    return b.sub(nibbles, ir.Constant(nibbles.type, [8] * nibbles.type.count))
-
-
-def _zero_bytes(count: int) -> ir.Constant:
-    return ir.Constant(ir.VectorType(I8, count), [0] * count)
-
-
-BLOCK_FORMATS = {
-    "q8_0": BlockFormat(34, _q8_0_bytes, 128),
-    "q4_0": BlockFormat(18, _q4_0_bytes, 8),
-}
-
-
-def _load_scales(b: ir.IRBuilder, format: BlockFormat, block: ir.Value, blocks: int) -> ir.Value:
-    """The f16 scales at the head of a group's blocks, as f32 in the lanes their dot products end in."""
-    lanes = 8 * GROUP
-    if blocks == 2:
-        # both scales lie within one vector load of the group: no lane is inserted by hand
-        wide = ir.VectorType(F16, 16 if format.nbytes < 32 else 32)
-        halves = b.load(pointer(b, block, wide), align=2)
-        pick = ir.Constant(
-            ir.VectorType(I32, lanes), [0 if lane % 8 < 4 else format.nbytes // 2 for lane in range(lanes)]
-        )
-        return b.fpext(b.shuffle_vector(halves, halves, pick), ir.VectorType(F32, lanes))
-    d = b.fpext(b.load(pointer(b, block, F16), align=2), F32)
-    if GROUP == 1:
-        return llvm_splat(b, d, lanes)
-    own = ir.Constant(ir.VectorType(ir.IntType(1), lanes), [lane % 8 < 4 for lane in range(lanes)])
-    return b.select(own, llvm_splat(b, d, lanes), _zeros(ir.VectorType(F32, lanes)))
-
-
 def _emit_block_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.Value]) -> None:
-    """Tiles of block formats. With unsigned weights (value + zero point) the integer accumulator starts at
-    −zero_point · Σx per lane, which activations.py stores for a zero point of 8."""
-    w, w_stride, x, x_stride, K, out, out_stride = args
-    format = BLOCK_FORMATS[dtype]
-    lanes = 8 * GROUP
-    ints, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
-    rows = [b.add(w, b.mul(w_stride, i64(r))) for r in range(R)]
-    ahead = b.mul(w_stride, i64(R))
-    tokens = [b.add(x, b.mul(x_stride, i64(c))) for c in range(C)]
-    corrs = [b.add(t, corr_offset(b, K)) for t in tokens]
-    scales = [b.add(t, scale_offset(b, K)) for t in tokens]
-    num_blocks = b.sdiv(K, i64(BLOCK))
-    groups = b.sdiv(num_blocks, i64(GROUP))
+    """Tiles of block formats: groups of 256 weights, the last one perhaps incomplete.
 
-    def step(i: ir.Value, acc: list[ir.Value], blocks: int) -> list[ir.Value]:
-        w_at, x_at, wide_at = (b.mul(i, i64(n * GROUP)) for n in (format.nbytes, BLOCK, BLOCK))
-        xs = [b.load(pointer(b, b.add(t, x_at), ir.VectorType(I8, 32 * GROUP)), align=4) for t in tokens]
-        dx = [b.load(pointer(b, b.add(s, wide_at), floats), align=4) for s in scales]
-        start: list[ir.Value] = [ir.Constant(ints, [0] * lanes)] * C
-        if weights_are_unsigned():
-            start = [b.load(pointer(b, b.add(t, wide_at), ints), align=4) for t in corrs]
-            if format.zero_point == 128:
-                start = [b.shl(s, ir.Constant(ints, [4] * lanes)) for s in start]
-        new = []
-        for r in range(R):
-            block = b.add(rows[r], w_at)
-            if C == 1:
-                prefetch(b, b.add(block, ahead))  # the tile below: its rows are too short for the hardware to guess
-            bytes_, dw = format.load_bytes(b, block, blocks), _load_scales(b, format, block, blocks)
+    Its missing blocks are multiplied with zeros, so they may be the row below, but never what lies behind the matrix.
+    """
+    (w, w_stride, rows), (x, x_stride, tokens), K, end, out, out_stride = args[:3], args[3:6], *args[6:]
+    format = block_format(dtype)
+    assert format is not None
+    row_at = [b.add(w, b.mul(w_stride, _at_most(b, r, rows))) for r in range(R)]
+    ahead = b.mul(w_stride, i64(R))
+    token_at = [b.add(x, b.mul(x_stride, _at_most(b, c, tokens))) for c in range(C)]
+    groups = b.sdiv(K, i64(GROUP))
+    floats = ir.VectorType(F32, LANES)
+
+    def step(i: ir.Value, acc: list[ir.Value], starts: list[ir.Value], x_starts: list[ir.Value]) -> list[ir.Value]:
+        w_at, x_at = b.mul(i, i64(format.group_nbytes)), b.mul(i, i64(GROUP_NBYTES))
+        new = list(acc)
+        xs = [_Activations(b, format, b.add(t, x_at)) for t in x_starts] if C == 1 else []
+        for first in range(0, R, 2 if C > 1 else 1):
+            pair = range(first, min(first + (2 if C > 1 else 1), R))
+            loaded = []
+            for r in pair:
+                address = b.add(starts[r], w_at)
+                if C <= FEW:  # the tile below: rows are too short for the hardware to guess
+                    for line in range(0, format.group_nbytes, 64):
+                        prefetch(b, b.add(address, b.add(ahead, i64(line))))
+                loaded.append(load_group(b, format, address))
             for c in range(C):
-                dot = b.sitofp(emit_byte_dot(b, start[c], bytes_, xs[c]), floats)
-                new.append(llvm_fma(b, dot, b.fmul(dw, dx[c]), acc[r * C + c]))
+                at = xs[c] if xs else _Activations(b, format, b.add(x_starts[c], x_at))
+                for r, group in zip(pair, loaded, strict=True):
+                    new[r * C + c] = _emit_group_dot(b, format, group, at, new[r * C + c])
         return new
 
-    acc = emit_loop(b, groups, [_zeros(floats)] * (R * C), lambda i, acc: step(i, acc, GROUP))
-    if GROUP == 2:
-        odd = b.and_(num_blocks, i64(1))
-        acc = emit_loop(b, odd, acc, lambda i, acc: step(groups, acc, 1))
-    _store_tile(b, [llvm_hsum(b, a) for a in acc], R, C, out, out_stride)
+    acc = emit_loop(b, groups, [_zeros(floats)] * (R * C), lambda i, acc: step(i, acc, row_at, token_at))
+    if format.block_size < GROUP:
+        rest = b.and_(K, i64(GROUP - 1))
+        tails = _emit_tails(b, format, row_at, groups, rest, end)
+        x_at = b.mul(groups, i64(GROUP_NBYTES))
+        x_tails = [b.add(t, x_at) for t in token_at]
+        some = b.zext(b.icmp_signed(">", rest, i64(0)), i64(0).type)
+        acc = emit_loop(b, some, acc, lambda i, acc: step(i, acc, tails(), x_tails))
+    _store_tile(b, [llvm_hsum(b, a) for a in acc], R, C, rows, tokens, out, out_stride)
+
+
+def _at_most(b: ir.IRBuilder, index: int, count: ir.Value) -> ir.Value:
+    """index, or the last of `count`: a tile beyond the edge computes its last row or token again."""
+    if index == 0:
+        return i64(0)
+    return b.select(b.icmp_signed("<", i64(index), count), i64(index), b.sub(count, i64(1)))
+
+
+def _emit_tails(
+    b: ir.IRBuilder, format: BlockFormat, rows: list[ir.Value], groups: ir.Value, rest: ir.Value, end: ir.Value
+) -> Callable[[], list[ir.Value]]:
+    """Addresses of the rows' incomplete last groups; those too near to the matrix's end are copied and padded."""
+    nbytes = format.group_nbytes
+    room = (nbytes + 63) // 64 * 64
+    with b.goto_entry_block():
+        copies = b.alloca(ir.ArrayType(ir.IntType(8), room * len(rows)))
+        copies.align = 64
+    base = b.ptrtoint(copies, end.type)
+    starts = [b.add(row, b.mul(groups, i64(nbytes))) for row in rows]
+    highest = starts[0]
+    for start in starts[1:]:
+        highest = b.select(b.icmp_signed(">", start, highest), start, highest)
+    unsafe = b.and_(b.icmp_signed(">", b.add(highest, i64(nbytes)), end), b.icmp_signed(">", rest, i64(0)))
+    there = b.mul(b.sdiv(rest, i64(format.block_size)), i64(format.block_nbytes))
+    half = ir.IntType(16)
+    with b.if_then(unsafe, likely=False):
+        for r, start in enumerate(starts):
+
+            def copy(i: ir.Value, _: list[ir.Value], start: ir.Value = start, r: int = r) -> list[ir.Value]:
+                at = b.mul(i, i64(2))
+                known = b.icmp_signed("<", at, there)
+                source = b.select(known, b.add(start, at), start)
+                value = b.select(known, b.load(pointer(b, source, half), align=1), ir.Constant(half, 0))
+                b.store(value, pointer(b, b.add(base, b.add(at, i64(room * r))), half), align=2)
+                return []
+
+            emit_loop(b, i64(nbytes // 2), [], copy)
+    return lambda: [b.select(unsafe, b.add(base, i64(room * r)), start) for r, start in enumerate(starts)]
+
+
+class _Activations:
+    """A group of one token's activations, loaded when asked for."""
+
+    def __init__(self, b: ir.IRBuilder, format: BlockFormat, address: ir.Value) -> None:
+        self.b, self.address = b, address
+        self.parts = range(16 // LANES)
+
+    def bytes(self, j: int, p: int) -> ir.Value:
+        """Piece j, the p-th run of lanes."""
+        return self._load(64 * j + 4 * LANES * p, ir.VectorType(I8, 4 * LANES))
+
+    def scale(self, p: int) -> ir.Value:
+        return self._load(SCALES_AT + 4 * LANES * p, ir.VectorType(F32, LANES))
+
+    def sums(self, pieces: tuple[int, ...], p: int) -> ir.Value:
+        """−Σ of the bytes of these pieces: all, the first two or the second two."""
+        second = self._load(SECOND_SUMS_AT + 4 * LANES * p, ir.VectorType(I32, LANES))
+        if pieces == (2, 3):
+            return second
+        found = self._load(SUMS_AT + 4 * LANES * p, ir.VectorType(I32, LANES))
+        return found if len(pieces) == 4 else self.b.sub(found, second)
+
+    def totals(self, pieces: tuple[int, ...], p: int) -> ir.Value:
+        """Σ of the values themselves."""
+        if len(pieces) == 4:
+            return self._load(TOTALS_AT + 4 * LANES * p, ir.VectorType(F32, LANES))
+        sums = self.b.sitofp(self.sums(pieces, p), ir.VectorType(F32, LANES))
+        return self.b.fmul(sums, self.b.fneg(self.scale(p)))
+
+    def _load(self, offset: int, kind: ir.VectorType) -> ir.Value:
+        return self.b.load(pointer(self.b, self.b.add(self.address, i64(offset)), kind), align=4)
+
+
+def _emit_group_dot(b: ir.IRBuilder, format: BlockFormat, group: Group, x: _Activations, acc: ir.Value) -> ir.Value:
+    """acc + Σ over a group; acc has LANES lanes."""
+    floats, ints = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+    runs = [(0, 1, 2, 3)] if len(group.scales) == 1 else [(0, 1), (2, 3)]
+    for p in x.parts:
+        for n, pieces in enumerate(runs):
+            start: ir.Value = ir.Constant(ints, [0] * LANES)
+            if group.zero_point:
+                start = b.mul(x.sums(pieces, p), ir.Constant(ints, [group.zero_point] * LANES))
+            ws = [part(b, group.bytes[j], p, 4 * LANES) for j in pieces]
+            dot = emit_byte_dot(b, start, ws, [x.bytes(j, p) for j in pieces], group.unsigned, format.greatest)
+            scale = b.fmul(part(b, group.scales[n], p, LANES), x.scale(p))
+            acc = llvm_fma(b, b.sitofp(dot, floats), scale, acc)
+            if group.offsets:
+                acc = llvm_fma(b, part(b, group.offsets[n], p, LANES), x.totals(pieces, p), acc)
+    return acc
 
 
 def _tile(dtype: str, R: int, C: int) -> Any:
-    """tile(w, w_stride, x, x_stride, K, out, out_stride): strides in bytes; out[c * out_stride + 4 r]."""
+    """tile(w, w_stride, rows, x, x_stride, tokens, K, end, out, out_stride): up to R rows and C tokens.
+
+    Strides in bytes; out[c * out_stride + 4 r]; `end` is where the matrix's memory ends.
+    """
     emit = _emit_float_tile if dtype in ITEM_NBYTES else _emit_block_tile
 
     @intrinsic
-    def tile(typingctx: Any, w: Any, w_stride: Any, x: Any, x_stride: Any, K: Any, out: Any, out_stride: Any) -> Any:
+    def tile(
+        typingctx: Any,
+        w: Any,
+        w_stride: Any,
+        rows: Any,
+        x: Any,
+        x_stride: Any,
+        tokens: Any,
+        K: Any,
+        end: Any,
+        out: Any,
+        out_stride: Any,
+    ) -> Any:
         def codegen(context: Any, b: ir.IRBuilder, sig: Any, args: Any) -> Any:
             emit(b, dtype, R, C, list(args))
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 7), codegen
+        return types.void(*[types.int64] * 10), codegen
 
-    return tile
+    @njit
+    def sweep(w, w_stride, rows, x, x_stride, tokens, K, end, out, out_stride):
+        r = 0
+        while r < rows:
+            tile(w + r * w_stride, w_stride, rows - r, x, x_stride, tokens, K, end, out + 4 * r, out_stride)
+            r += R
+
+    return sweep
+
+
+def tile_rows(dtype: str) -> dict[int, int]:
+    """Rows of a tile by its tokens: as many accumulators as registers hold beside the operands."""
+    single = TALL_FLOAT_ROWS if dtype in ITEM_NBYTES else TALL_BLOCK_ROWS
+    if LANES == 16:
+        return {1: single, 2: 4, 4: 4, 8: 3 if dtype in ITEM_NBYTES else 2}
+    return {1: single, 2: 4, 4: 4 if LANES == 4 else 2}
 
 
 def make(dtype: str) -> tuple[Callable, tuple]:
     """matmul(w, w_stride, rows, x, x_stride, tokens, K, out, out_stride); strides in bytes, out f32."""
-    R, C = TILE_ROWS, TILE_TOKENS
-    S = TALL_FLOAT_ROWS if dtype in ITEM_NBYTES else TALL_BLOCK_ROWS
-    wide, tall, narrow, single = _tile(dtype, R, C), _tile(dtype, S, 1), _tile(dtype, 1, C), _tile(dtype, 1, 1)
-
-    @njit
-    def few_tokens(w, w_stride, rows, x, x_stride, K, out, out_stride):
-        r = 0
-        while r + S <= rows:
-            tall(w + r * w_stride, w_stride, x, x_stride, K, out + 4 * r, out_stride)
-            r += S
-        while r < rows:
-            single(w + r * w_stride, w_stride, x, x_stride, K, out + 4 * r, out_stride)
-            r += 1
+    sweeps = {C: _tile(dtype, R, C) for C, R in tile_rows(dtype).items()}
+    C = max(sweeps)
+    single, pair, four, wide = sweeps[1], sweeps[2], sweeps[4], sweeps[C]
 
     def matmul(w, w_stride, rows, x, x_stride, tokens, K, out, out_stride):
+        end = w + rows * w_stride
         t = 0
-        while t + C <= tokens:
-            xt, ot = x + t * x_stride, out + t * out_stride
-            r = 0
-            while r + R <= rows:
-                wide(w + r * w_stride, w_stride, xt, x_stride, K, ot + 4 * r, out_stride)
-                r += R
-            while r < rows:
-                narrow(w + r * w_stride, w_stride, xt, x_stride, K, ot + 4 * r, out_stride)
-                r += 1
-            t += C
         while t < tokens:
-            few_tokens(w, w_stride, rows, x + t * x_stride, x_stride, K, out + t * out_stride, out_stride)
-            t += 1
+            left = tokens - t
+            xt, ot = x + t * x_stride, out + t * out_stride
+            if left > 4:
+                wide(w, w_stride, rows, xt, x_stride, left, K, end, ot, out_stride)
+                t += C
+            elif left > 2:
+                four(w, w_stride, rows, xt, x_stride, left, K, end, ot, out_stride)
+                t += 4
+            elif left == 2:
+                pair(w, w_stride, rows, xt, x_stride, left, K, end, ot, out_stride)
+                t += 2
+            else:
+                single(w, w_stride, rows, xt, x_stride, left, K, end, ot, out_stride)
+                t += 1
 
     return matmul, (types.int64,) * 9

@@ -21,7 +21,7 @@ import numpy as np
 from .compile import Library, Progress
 from .kernels import TABLES, table_entries, team_entries
 
-MAX_DTYPES = 64
+MAX_DTYPES = 128
 MAX_THREADS = 256
 SPIN_ROUNDS = 20_000  # rounds of `pause` a waiting thread makes before it yields its core
 

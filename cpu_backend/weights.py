@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from numba.core import types
 
+from .blocks import block_format
 from .formats import LOAD, store_row
-from .matmul import BLOCK_FORMATS, ITEM_NBYTES
+from .matmul import ITEM_NBYTES
 from .simd import LANES, f16_at, fma, hsum, put_f32, splat, store_f32
 
 CHUNK = 4096  # elements checked at a time; divides into whole vectors of every width
@@ -15,14 +16,17 @@ CHUNK = 4096  # elements checked at a time; divides into whole vectors of every 
 
 def make_first_bad(dtype: str) -> tuple[Callable, tuple]:
     """first_bad(address, n): index of the first NaN or infinite element (or block scale) of n; −1: all are finite."""
-    if dtype in BLOCK_FORMATS:
-        nbytes = BLOCK_FORMATS[dtype].nbytes
+    format = block_format(dtype)
+    if format is not None:
+        nbytes, block_size = format.block_nbytes, format.block_size
+        first_half, last_half = format.halves[0], format.halves[-1]
 
         def first_bad_block(address, n):
-            for block in range(n // 32):
-                d = f16_at(address + nbytes * block)
-                if d - d != types.float32(0.0):
-                    return 32 * block
+            for block in range(n // block_size):
+                at = address + nbytes * block
+                d, a = f16_at(at + first_half), f16_at(at + last_half)
+                if (d - d) + (a - a) != types.float32(0.0):
+                    return block_size * block
             return -1
 
         return first_bad_block, (types.int64, types.int64)

@@ -21,7 +21,7 @@ DIGIT_BITS = 11  # of a logit's key, per pass of a sampling histogram
 
 def _row(n: int) -> int:
     """Bytes of a row of n activations, in the larger of the two prepared forms, rounded up to cache lines."""
-    return 4 * n + 256
+    return 4 * n + 512
 
 
 def query_tile(heads_per_kv: int) -> int:

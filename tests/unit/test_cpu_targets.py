@@ -24,11 +24,14 @@ machine = llvm.Target.from_triple(target.triple).create_target_machine(
     cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small"
 )
 entries = [op_entry(op) for op in OPS]
-entries += [entry for _, _, entry in table_entries(["f32", "f16", "bf16", "q8_0", "q4_0"])]
+entries += [entry for _, _, entry in table_entries(sys.argv[1:])]
 for entry in entries:
     print(f"=== {entry.name}")
     print(machine.emit_assembly(optimized_module(entry, target, machine)))
 """
+
+# One of each way to store weights
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_k", "q6_k", "iq4_nl", "int1_32")
 
 # target → entry → instructions its assembly must contain
 FMA, ROUND_TRIP = r"vfmadd\d+ps", r"vcvtph2ps"
@@ -38,8 +41,9 @@ EXPECTED = {
         "matmul_f32": [FMA],
         "matmul_f16": [FMA, ROUND_TRIP],
         "matmul_bf16": [FMA, r"vpslld"],
-        "matmul_q8_0": [r"vpmaddubsw", r"vpmaddwd", FMA],
-        "matmul_q4_0": [r"vpmaddubsw", r"vpmaddwd", FMA],
+        "matmul_q8_0": [r"vpsignb", r"vpmaddubsw", r"vpmaddwd", FMA],
+        **{f"matmul_{name}": [r"vpmaddubsw", r"vpmaddwd", FMA] for name in DTYPES[4:]},
+        "matmul_iq4_nl": [r"vpshufb", r"vpmaddubsw", FMA],
         "weigh_f16": [FMA, ROUND_TRIP],
     },
     "x86-64-v4": {
@@ -47,8 +51,9 @@ EXPECTED = {
         "matmul_f32": [FMA],
         "matmul_f16": [FMA, ROUND_TRIP],
         "matmul_bf16": [FMA, r"vpslld"],
-        "matmul_q8_0": [r"vpdpbusd", FMA],
-        "matmul_q4_0": [r"vpdpbusd", FMA],
+        **{f"matmul_{name}": [r"vpdpbusd", FMA] for name in DTYPES[3:]},
+        "matmul_q4_k": [r"vpdpbusd", r"vpermt2|vpermi2", FMA],
+        "matmul_iq4_nl": [r"vpdpbusd", r"vpshufb", FMA],
         "weigh_f16": [FMA, ROUND_TRIP],
     },
     "aarch64": {
@@ -56,8 +61,8 @@ EXPECTED = {
         "matmul_f32": [r"fmla"],
         "matmul_f16": [r"fmla", r"fcvtl"],
         "matmul_bf16": [r"fmla", r"shll|ushll"],
-        "matmul_q8_0": [r"sdot", r"fmla"],
-        "matmul_q4_0": [r"sdot", r"fmla"],
+        **{f"matmul_{name}": [r"sdot", r"fmla"] for name in DTYPES[3:]},
+        "matmul_iq4_nl": [r"sdot", r"tbl", r"fmla"],
         "weigh_f16": [r"fmla", r"fcvtl"],
     },
 }
@@ -68,7 +73,10 @@ VECTOR_OPS = ("rms_norm", "fused_qkv_rope", "fused_gate_up_silu", "flash_attenti
 @pytest.mark.parametrize("target", EXPECTED)
 def test_hot_loops_use_the_targets_vector_instructions(target: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, env={**os.environ, "GLLM_CPU_TARGET": target}
+        [sys.executable, "-c", SCRIPT, *DTYPES],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GLLM_CPU_TARGET": target},
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assembly = dict(part.split("\n", 1) for part in run.stdout.split("=== ")[1:])
