@@ -16,8 +16,10 @@ from .base import MAX_GRID_YZ, DeviceProps, Launch, ceil_div
 
 TENSOR_CORE_DIMS = (64, 80, 96, 128, 256)
 ROWS_DIMS = (128, 256)  # each kernel takes head_dims up to it
-MIN_SPAN = 256  # kMinSpan in kernels_cu/common/attention.cuh
-MAX_SPLITS = 256  # kMaxSplits
+# (up to so many keys, a span has at least so many): least_span in kernels_cu/common/attention.cuh
+LEAST_SPANS = ((128, 128), (512, 64), (2048, 128), (1 << 31, 256))
+MAX_SPLITS = 128  # kMaxSplits
+MIN_SPLITS = 8  # of a large batch, so that one long context among short ones is still spread
 GROUP_HEADS = 8  # kGroupHeads
 ROWS_WARPS = 4
 MERGE_NBYTES = GROUP_HEADS * (MAX_SPLITS + 1) * 4  # kMergeNbytes
@@ -86,18 +88,27 @@ def rows_smem_nbytes(head_dim: int) -> int:
     return max(ROWS_WARPS * GROUP_HEADS * (2 + head_dim) * 4, MERGE_NBYTES)
 
 
+def most_spans(num_keys: int) -> int:
+    """The most spans that a context of at most `num_keys` is cut into."""
+    found, below = 1, 0
+    for limit, span in LEAST_SPANS:
+        if num_keys > below:
+            found = max(found, ceil_div(min(num_keys, limit), span))
+        below = limit
+    return found
+
+
 def max_splits(cache: Cache, device: DeviceProps, deterministic: bool) -> int:
-    """Into how many spans a sequence's context may be cut; spans never get shorter than MIN_SPAN tokens.
+    """Into how many spans a sequence's context may be cut.
 
     Results depend on this number, so in deterministic mode it follows from the model alone: enough for one sequence to
-    fill a large device. Otherwise large batches get fewer, four blocks to a multiprocessor in all, which saves memory
-    and merging; at least 16, so that one long context among short ones is still spread.
+    fill a large device. Otherwise two blocks to a multiprocessor in all, which is what one wave of them reads fastest.
     """
     if deterministic:
-        wanted = ceil_div(512, cache.head_groups)
+        wanted = ceil_div(256, cache.head_groups)
     else:
-        wanted = max(16, ceil_div(4 * device.num_sms, cache.head_groups * max(1, cache.S)))
-    return min(MAX_SPLITS, max(1, wanted), max(1, ceil_div(cache.table_tokens, MIN_SPAN)))
+        wanted = max(MIN_SPLITS, 2 * device.num_sms // (cache.head_groups * max(1, cache.S)))
+    return min(MAX_SPLITS, wanted, most_spans(cache.table_tokens))
 
 
 def split_launches(cache: Cache, device: DeviceProps, deterministic: bool) -> list[Launch]:

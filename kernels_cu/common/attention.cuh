@@ -8,8 +8,7 @@
 #include "vec.cuh"
 
 constexpr float kLog2E = 1.4426950408889634f;
-constexpr int kMinSpan = 256;     // keys a block takes at least: less would cost more to merge than it saves
-constexpr int kMaxSplits = 256;   // spans a context is cut into at most; gllm_driver/launch/paged_attention.py knows it too
+constexpr int kMaxSplits = 128;   // spans a context is cut into at most; gllm_driver/launch/paged_attention.py knows it too
 constexpr int kGroupHeads = 8;    // query heads a decode block takes: they share every key and value it reads
 
 // A scale of 0 becomes the least positive number: the score of a masked key is -inf, and -inf * 0 is NaN.
@@ -39,10 +38,16 @@ struct KeyRange {
   int begin, end;
 };
 
+// Keys a block takes at least: 64 cost it about as much time as merging six spans more does (measured on an H200). One span
+// needs no merge. gllm_driver/launch/_attention.py knows these numbers too.
+__device__ __forceinline__ int least_span(int num_keys) {
+  return num_keys <= 128 ? 128 : num_keys <= 512 ? 64 : num_keys <= 2048 ? 128 : 256;
+}
+
 // How keys begin .. end-1 are cut into at most max_splits spans. It depends on nothing but what the query sees, so a
 // result does not change with the batch, the table's width or the chunk that the query came in.
 __device__ __forceinline__ int span_size(int num_keys, int max_splits) {
-  return max(kMinSpan, ceil_div(ceil_div(num_keys, max_splits), 64) * 64);
+  return max(least_span(num_keys), ceil_div(ceil_div(num_keys, max_splits), 64) * 64);
 }
 __device__ __forceinline__ KeyRange span_of(KeyRange seen, int split, int max_splits) {
   const int span = span_size(seen.end - seen.begin, max_splits), begin = seen.begin + split * span;

@@ -85,7 +85,7 @@ __device__ __forceinline__ bool is_last_block(unsigned *counter, int num) {
 template <int kThreads, class Args>
 __device__ __forceinline__ void merge_parts(const Args &a, const Partials &partials, const HeadGroup &group, int64_t token, int64_t row,
                                             int num, void *shared) {
-  constexpr int kAtOnce = 8;  // loads of a thread
+  constexpr int kAtOnce = 16;  // loads of a thread
   auto *weights = static_cast<float *>(shared), *totals = weights + kGroupHeads * kMaxSplits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int h = warp; h < group.heads; h += kThreads / 32) {

@@ -240,13 +240,23 @@ def test_a_head_dim_no_kernel_takes() -> None:
 
 def test_splits_are_bounded() -> None:
     table = {"MP": 1 << 17, "P": 16, "HK": 8, "heads": 32, "Dh": 128}  # 2M tokens
-    for S, deterministic, most in ((1, True, 64), (256, True, 64), (256, False, 16)):
+    for S, deterministic, most in ((1, True, 32), (256, True, 32), (256, False, 8), (1, False, 27)):
         (split,) = launched("paged_attention", "bf16", A100, deterministic=deterministic, S=S, **table)
         assert split.grid == (most, 8, S)
         assert split.workspace_nbytes == S * 32 * most * 130 * 4
         assert split.num_counters == S * 8
     one = {"HK": 1, "heads": 1, "MP": 1 << 20}
     assert launched("paged_attention", "bf16", A100, **one)[0].grid[0] == _attention.MAX_SPLITS
+
+
+def test_a_wider_table_cuts_no_context_otherwise() -> None:
+    """The grid is sized for the table: no context within it may need more spans, or the span's length would change."""
+    for tokens in (1, 128, 129, 500, 512, 513, 1024, 2048, 2049, 5000):
+        needed = []
+        for n in range(1, tokens + 1):
+            span = next(span for limit, span in _attention.LEAST_SPANS if n <= limit)
+            needed.append(-(-n // span))
+        assert _attention.most_spans(tokens) == max(needed)
 
 
 def test_every_tile_has_a_block() -> None:
@@ -259,11 +269,15 @@ def test_every_tile_has_a_block() -> None:
 
 def test_numbers_said_in_two_languages_are_equal() -> None:
     text = "".join(path.read_text() for path in sorted((ROOT / "kernels_cu" / "common").glob("attention*.cuh")))
-    for name in ("MIN_SPAN", "MAX_SPLITS", "GROUP_HEADS", "ROWS_WARPS"):
+    for name in ("MAX_SPLITS", "GROUP_HEADS", "ROWS_WARPS"):
         spelled = "k" + name.title().replace("_", "")
         match = re.search(rf"constexpr int {spelled} = (\d+);", text)
         assert match, spelled
         assert int(match[1]) == getattr(_attention, name), spelled
+    least = re.search(r"return (num_keys <= .*);", text)
+    assert least
+    numbers = [int(number) for number in re.findall(r"\d+", least[1])]
+    assert [n for limits in _attention.LEAST_SPANS for n in limits if n < 1 << 31] == numbers
     kernels = (ROOT / "kernels_cu" / "flash_attention.cu").read_text()
     tiles = re.findall(r"FLASH\(dtype, H, (\d+), (\w+), (\d), (\d), (\d+)\)", kernels)
     assert [
