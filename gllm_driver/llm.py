@@ -369,15 +369,17 @@ def _place(
     """Weights and KV cache on a device, which is closed when that fails."""
     from .models.decoder import model_weights
     from .models.identity import weights_digest
+    from .quant.repack import repacked_dtype
 
     try:
         arch = checkpoint.arch
         kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
         one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        free = backend.available_memory() - (0 if backend.maps_weights else _weights_nbytes(checkpoint, dtype))
+        free = backend.available_memory() - _weights_nbytes(checkpoint, backend, dtype)
         fits = int(KV_MEMORY_SHARE * max(free, 0)) // one_page.page_nbytes * PAGE_SIZE
         context = _context_length(arch.context_length, context_length, fits)
-        backend.prepare({t.dtype.name for t in checkpoint.tensors.values()} | {kv_dtype})
+        stored = {t.dtype for t in checkpoint.tensors.values()}
+        backend.prepare({repacked_dtype(d, backend.weight_dtypes, dtype).name for d in stored} | {kv_dtype})
         weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
         room = sharing.kv_tokens or max(context, min(sharing.max_batch * context, fits))
         num_pages = -(-room // PAGE_SIZE)
@@ -398,13 +400,18 @@ def default_kv_dtype(checkpoint: Checkpoint) -> str:
     return stored if stored in FLOAT_DTYPES else "f16"
 
 
-def _weights_nbytes(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of the weights once float matrices are in `dtype`."""
-    tensors = {t.address: t for t in checkpoint.tensors.values()}.values()  # tied ones once
-    return sum(
-        t.nbytes if dtype == "auto" or t.dtype.is_quantized else t.num_rows * DTYPES[dtype].row_nbytes(t.shape[-1])
-        for t in tensors
-    )
+def _weights_nbytes(checkpoint: Checkpoint, backend: Backend, dtype: str) -> int:
+    """Bytes of the backend's memory that the weights take, as they are computed with."""
+    from .quant.repack import repacked_dtype
+
+    total = 0
+    for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
+        wanted = repacked_dtype(tensor.dtype, backend.weight_dtypes, dtype)
+        if dtype != "auto" and not wanted.is_quantized:
+            wanted = DTYPES[dtype]
+        if wanted is not tensor.dtype or not backend.maps_weights:
+            total += tensor.num_rows * wanted.row_nbytes(tensor.shape[-1])
+    return total
 
 
 def _context_length(models: int, wanted: int | None, fits: int) -> int:

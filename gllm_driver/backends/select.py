@@ -80,6 +80,14 @@ def kernel_cache_dir() -> Path:
     return cache_dir()
 
 
+def computed_weights() -> dict[str, tuple[str, ...]]:
+    """The stored weight types that each kind of device computes; matrices of others are repacked when loaded."""
+    from ..launch import WEIGHT_DTYPES
+    from .cpu import CpuBackend
+
+    return {"cpu": CpuBackend.weight_dtypes, "cuda": WEIGHT_DTYPES}
+
+
 def _cuda() -> list[DeviceInfo]:
     """Every NVIDIA GPU, or one entry that says why there is none."""
     found = []

@@ -18,6 +18,7 @@ from .outcome import EXIT_CODES, guarded
 
 if TYPE_CHECKING:
     from ..models.checkpoint import Checkpoint
+    from ..types import DType
 
 PACKAGES = ("numpy", "numba", "llvmlite", "cuda-bindings", "tokenizers", "safetensors", "gguf")
 
@@ -68,9 +69,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
     arch = checkpoint.arch
     tensors = {tensor.address: tensor for tensor in checkpoint.tensors.values()}.values()
-    kinds: dict[str, dict[str, int]] = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for tensor in tensors:
-        kind = kinds.setdefault(tensor.dtype.name, {"tensors": 0, "nbytes": 0})
+        if tensor.dtype.name not in kinds:
+            kinds[tensor.dtype.name] = {"tensors": 0, "nbytes": 0, **_computation(tensor.dtype)}
+        kind = kinds[tensor.dtype.name]
         kind["tensors"] += 1
         kind["nbytes"] += tensor.nbytes
     dtype = default_kv_dtype(checkpoint)
@@ -89,6 +92,18 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def _computation(dtype: DType) -> dict[str, Any]:
+    """How dense a stored type is, and what each kind of device computes with: "native", or what it repacks it to."""
+    from ..backends.select import computed_weights
+    from ..quant.repack import repacked_dtype
+
+    targets = {device: repacked_dtype(dtype, computed) for device, computed in computed_weights().items()}
+    return {
+        "bits_per_weight": 8 * dtype.block_nbytes / dtype.block_size,
+        "computed": {d: "native" if t is dtype else f"repacked to {t.name}" for d, t in targets.items()},
+    }
+
+
 def _lines(facts: dict[str, Any]) -> list[str]:
     packages = ", ".join(f"{name} {version or 'missing'}" for name, version in facts["packages"].items())
     lines = [f"gllm-driver {facts['version']}, Python {facts['python']}, {facts['platform']}", packages, "devices"]
@@ -101,7 +116,6 @@ def _lines(facts: dict[str, Any]) -> list[str]:
 
 def _model_lines(model: dict[str, Any]) -> list[str]:
     arch = model["arch"]
-    kinds = [f"{name} {k['tensors']} tensors {_size(k['nbytes'])}" for name, k in model["tensor_types"].items()]
     sizes = (
         f"{arch['num_layers']} layers, hidden {arch['hidden_size']}, feed-forward {arch['intermediate_size']}, "
         f"{arch['num_heads']} heads and {arch['num_kv_heads']} KV heads of {arch['head_dim']}"
@@ -110,11 +124,20 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
         f"model {model['path']}",
         f"  family      {model['family']}: {sizes}",
         f"  parameters  {model['parameters']:,}",
-        f"  weights     {_size(model['nbytes'])}: {', '.join(kinds)}",
+        f"  weights     {_size(model['nbytes'])}",
+        *(f"    {_type_line(name, kind)}" for name, kind in model["tensor_types"].items()),
         f"  vocabulary  {model['vocab_size']:,} tokens",
         f"  context     {model['context_length']:,} tokens",
         f"  KV cache    {_size(model['kv_nbytes_per_token'])} per token ({model['kv_dtype']})",
     ]
+
+
+def _type_line(name: str, kind: dict[str, Any]) -> str:
+    ways = kind["computed"]
+    words = [f"{way} on {device}" for device, way in ways.items()] if len(set(ways.values())) > 1 else ways["cpu"]
+    how = words if isinstance(words, str) else ", ".join(words)
+    count = f"{kind['tensors']} tensor{'s' if kind['tensors'] > 1 else ''}"
+    return f"{name:<10}{count}, {_size(kind['nbytes'])}, {kind['bits_per_weight']:.4g} bits per weight, {how}"
 
 
 def _size(nbytes: int) -> str:

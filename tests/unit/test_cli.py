@@ -423,6 +423,18 @@ def test_help_and_version(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == f"gllm {gllm_driver.__version__}\n"
 
 
+def test_info_says_what_is_repacked() -> None:
+    from gllm_driver.cli.info import _computation, _type_line
+    from gllm_driver.types import DTYPES
+
+    facts = _computation(DTYPES["tq2_0"])
+    assert facts["computed"]["cpu"] == "repacked to q4_0"
+    facts |= {"tensors": 1, "nbytes": 66}
+    assert _type_line("tq2_0", facts).startswith("tq2_0     1 tensor, 66 B, 2.062 bits per weight, repacked to q4_0")
+    two = facts | {"computed": {"cpu": "native", "cuda": "repacked to f16"}}
+    assert _type_line("q4_k", two).endswith("native on cpu, repacked to f16 on cuda")
+
+
 def test_info(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from tiny_files import write_gguf
 
@@ -436,9 +448,10 @@ def test_info(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     # 2 × embedding, 2 layers of q, k, v, o, gate, up, down and two norms, the last norm
     matrices = 2 * 96 * 64 + 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 128)
     assert model["parameters"] == matrices + 5 * 64
+    native = {"computed": {"cpu": "native", "cuda": "native"}}
     assert model["tensor_types"] == {
-        "q8_0": {"tensors": 16, "nbytes": matrices // 32 * 34},
-        "f32": {"tensors": 5, "nbytes": 5 * 64 * 4},
+        "q8_0": {"tensors": 16, "nbytes": matrices // 32 * 34, "bits_per_weight": 8.5, **native},
+        "f32": {"tensors": 5, "nbytes": 5 * 64 * 4, "bits_per_weight": 32, **native},
     }
     assert model["nbytes"] == matrices // 32 * 34 + 5 * 64 * 4
     assert model["context_length"] == 256
@@ -447,6 +460,8 @@ def test_info(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert run(["info", "--model", str(tmp_path / "m.gguf")]) == 0
     out = capfd.readouterr().out
     assert f"parameters  {model['parameters']:,}" in out
+    assert "q8_0      16 tensors, " in out
+    assert ", 8.5 bits per weight, native\n" in out
     assert facts["kernel_cache"] in out
     assert run(["info", "--model", str(tmp_path)]) == 2
     assert "open one of them: m.gguf" in capfd.readouterr().err

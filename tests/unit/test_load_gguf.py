@@ -137,8 +137,8 @@ def test_alignment_of_the_file_is_followed(tmp_path: Path) -> None:
 
 
 def test_unreadable_types_are_named(tmp_path: Path) -> None:
-    path = raw(tmp_path / "m.gguf", [], [described("blk.0.attn_q.weight", [256], 12)], data=144)
-    with pytest.raises(ModelFormatError, match=r"'blk.0.attn_q.weight': has type Q4_K.*F32, F16, Q4_0, Q8_0, BF16"):
+    path = raw(tmp_path / "m.gguf", [], [described("blk.0.attn_q.weight", [256], 15)], data=292)
+    with pytest.raises(ModelFormatError, match=r"'blk.0.attn_q.weight': has type Q8_K.*F32, F16, Q4_0, Q4_1.*Q4_K"):
         read_gguf(path).tensors["blk.0.attn_q.weight"].open(READABLE)
 
 

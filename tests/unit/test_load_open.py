@@ -115,9 +115,9 @@ def test_quantized_gguf_of_an_unreadable_type(tmp_path: Path) -> None:
     write_gguf(path, quantize="Q8_0")
     data = path.read_bytes()
     at = data.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 16
-    path.write_bytes(data[:at] + (12).to_bytes(4, "little") + data[at + 4 :])
+    path.write_bytes(data[:at] + (15).to_bytes(4, "little") + data[at + 4 :])
     with pytest.raises(
-        ModelFormatError, match=r"tensor 'blk.0.attn_q.weight': has type Q4_K, which this version cannot"
+        ModelFormatError, match=r"tensor 'blk.0.attn_q.weight': has type Q8_K, which this version cannot"
     ):
         open_checkpoint(path)
 

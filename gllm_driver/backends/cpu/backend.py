@@ -28,6 +28,7 @@ from ..base import (
     checked,
     page_states,
 )
+from ..repack import repacked_weights
 from .decode import CpuDecodeLoop, Decoders
 from .steps import Steps, Workspace
 
@@ -58,11 +59,12 @@ class CpuBackend:
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
     ) -> WeightsHandle:
-        total = sum(t.nbytes for t in model.tensors.values())
+        tensors = repacked_weights(model, self.weight_dtypes, dtype, self._team.num_threads, progress)
+        total = sum(t.nbytes for t in tensors.values())
         with Uploader(self._team.library, self._team.num_threads) as uploader:
             report = (lambda done: progress("load", min(done, total), total)) if progress else (lambda done: None)
-            uploader.check_finite(model.tensors, model.sources, model.path, report)
-            tensors = {slot: placed(t, dtype, uploader) for slot, t in model.tensors.items()}
+            uploader.check_finite(tensors, model.sources, model.path, report)
+            tensors = {slot: placed(t, dtype, uploader) for slot, t in tensors.items()}
         return WeightsHandle({**tensors, **model.constants}, model.vocab_size, model.forward, total)
 
     def alloc_kv_cache(self, config: KvCacheConfig) -> KvCacheHandle:

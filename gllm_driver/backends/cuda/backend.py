@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..base import (
     checked,
     page_states,
 )
+from ..repack import repacked_weights
 from .decode import DecoderPool
 from .loop import CudaDecodeLoop
 from .memory import free_nbytes, reserve
@@ -79,9 +81,12 @@ class CudaBackend:
             if progress:
                 progress("load", done, total)
 
-        tensors, nbytes = upload(self.runtime, model, dtype, report)
+        workers = os.cpu_count() or 1
+        tensors = repacked_weights(model, self.weight_dtypes, dtype, workers, progress)
+        model = dataclasses.replace(model, tensors=tensors)
+        placed, nbytes = upload(self.runtime, model, dtype, report)
         report(nbytes, nbytes)  # padding between tensors is not copied, but counted
-        return self._tracked(WeightsHandle(tensors, model.vocab_size, model.forward, nbytes))
+        return self._tracked(WeightsHandle(placed, model.vocab_size, model.forward, nbytes))
 
     def alloc_kv_cache(self, config: KvCacheConfig) -> KvCacheHandle:
         num_pages = config.num_pages + 1  # the last one is spare: what pads a step goes there

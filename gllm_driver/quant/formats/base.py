@@ -46,6 +46,11 @@ class BlockFormat(ABC):
     dtype: DType
     scale_offsets: tuple[int, ...] = (0,)
     can_encode: bool = True
+    has_minimums: bool = False
+    is_exact_in_bf16: bool = False  # every value is a bf16 number, while f16 may lack its exponent
+    # Smallest and largest quant − zero, for formats whose scales and minimums are f16 numbers as they are stored: a
+    # format of more bits holds the same values exactly. None: scales are products that f16 would round.
+    quant_range: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -94,6 +99,10 @@ class BlockFormat(ABC):
         for offset in self.scale_offsets:
             bad |= blocks[:, offset + 1] & 0x7C == 0x7C  # all exponent bits, which lie in the high byte
         return int(np.argmax(bad)) if bad.any() else -1
+
+    def quant_range_of(self, data: np.ndarray) -> tuple[int, int] | None:
+        """`quant_range` of these blocks (u8, whole blocks), where it depends on them."""
+        return self.quant_range
 
     def _blocks(self, data: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         nbytes = int(np.prod(shape[:-1])) * self.dtype.row_nbytes(shape[-1])

@@ -14,6 +14,7 @@ class IQ4_NLFormat(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, 16 bytes as in q4_0: value table[nibble] · d with sixteen unevenly spaced table entries."""
 
     dtype = dtype_of("iq4_nl")
+    quant_range = (-127, 113)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         header = f16_bytes(search_levels(blocks, _IQ4_VALUES)[:, None])

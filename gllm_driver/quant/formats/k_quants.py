@@ -37,6 +37,7 @@ class Q2_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q2_k")
+    has_minimums = True
     scale_offsets = (80, 82)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
@@ -106,6 +107,7 @@ class Q4_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q4_k")
+    has_minimums = True
     scale_offsets = (0, 2)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
@@ -122,6 +124,7 @@ class Q5_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """As q4_k, with 32 bytes of fifth bits before the nibbles: bit s of byte j is that of element j of sub-block s."""
 
     dtype = dtype_of("q5_k")
+    has_minimums = True
     scale_offsets = (0, 2)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:

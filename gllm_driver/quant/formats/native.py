@@ -28,6 +28,14 @@ class NativeFormat(BlockFormat):
         self.bits, self.kind = bits, kind
         self.header_nbytes = 4 if kind else 2
         self.scale_offsets = (0, 2) if kind else (0,)
+        self.has_minimums = kind == "m"
+        top = (1 << bits) - 1
+        if kind == "m":
+            self.quant_range = (0, top)
+        elif bits < 8 and kind != "z":
+            self.quant_range = (-8, 7) if bits == 4 else (-top, top)
+        else:  # zero points are anywhere among fewer bits, and of 8 bits usually in the middle
+            self.quant_range = (-128, 127) if bits == 8 else (-top, top)
 
     def pack(self, quants: np.ndarray, scales: np.ndarray, extras: np.ndarray | None = None) -> np.ndarray:
         """Blocks u8 [N, block_nbytes] from stored quants [N, block_size] (0 … 2^bits − 1; int8 symmetric −128 … 127),
@@ -66,6 +74,15 @@ class NativeFormat(BlockFormat):
         elif self.bits < 4:
             quants = quants.view(np.int8) * np.int8(2) - np.int8((1 << self.bits) - 1)
         return Planes(quants, scales)
+
+    def quant_range_of(self, data: np.ndarray) -> tuple[int, int] | None:
+        """None when a zero point is no integer."""
+        if self.kind != "z" or not data.size:
+            return self.quant_range
+        zeros = f16_at(data.reshape(-1, self.block_nbytes), 2)
+        if not (np.rint(zeros) == zeros).all():
+            return None
+        return -int(zeros.max()), (1 << self.bits) - 1 - int(zeros.min())
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         """Round to nearest between the extremes; of one bit, the levels are the means of the two halves instead."""

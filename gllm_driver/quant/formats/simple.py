@@ -20,6 +20,7 @@ class Q8_0Format(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, then 32 signed bytes q: value q · d, d = max|x| / 127, rounded half away from zero."""
 
     dtype = dtype_of("q8_0")
+    quant_range = (-128, 127)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
@@ -69,6 +70,7 @@ class Q4_0Format(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, then 16 bytes: element j in the low nibble of byte j, j + 16 in the high; value (nibble − 8) · d."""
 
     dtype = dtype_of("q4_0")
+    quant_range = (-8, 7)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         scale, quants = encode_signed(blocks, 4)
@@ -82,6 +84,8 @@ class Q4_1Format(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, f16 minimum m, 16 bytes as in q4_0: value nibble · d + m."""
 
     dtype = dtype_of("q4_1")
+    quant_range = (0, 15)
+    has_minimums = True
     scale_offsets = (0, 2)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
@@ -107,10 +111,15 @@ class Q5_0Format(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, 4 bytes of fifth bits (element j: bit j), 16 bytes as in q4_0: value (quant − 16) · d."""
 
     dtype = dtype_of("q5_0")
+    quant_range = (-16, 15)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         scale, quants = encode_signed(blocks, 5)
-        return np.concatenate([f16_bytes(scale), _five_bits_packed(quants)], axis=1)
+        return self.pack(quants, scale)
+
+    def pack(self, quants: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Blocks u8 [N, 22] from quants 0 … 31 [N, 32] and scales f32 [N, 1]."""
+        return np.concatenate([f16_bytes(scales), _five_bits_packed(quants)], axis=1)
 
     def _unpack(self, blocks: np.ndarray) -> Planes:
         return Planes(_five_bits(blocks[:, 2:6], blocks[:, 6:]).view(np.int8) - np.int8(16), f16_at(blocks, 0))
@@ -120,12 +129,18 @@ class Q5_1Format(BlockFormat):  # noqa: N801 - the format's own name
     """f16 scale d, f16 minimum m, then as in q5_0: value quant · d + m."""
 
     dtype = dtype_of("q5_1")
+    quant_range = (0, 31)
+    has_minimums = True
     scale_offsets = (0, 2)
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         low, high = extremes(blocks)
         scale, quants = encode_range(blocks, low, high, 5)
-        return np.concatenate([f16_bytes(scale), f16_bytes(low), _five_bits_packed(quants)], axis=1)
+        return self.pack(quants, scale, low)
+
+    def pack(self, quants: np.ndarray, scales: np.ndarray, minimums: np.ndarray) -> np.ndarray:
+        """Blocks u8 [N, 24] from quants 0 … 31 [N, 32], scales and minimums f32 [N, 1]."""
+        return np.concatenate([f16_bytes(scales), f16_bytes(minimums), _five_bits_packed(quants)], axis=1)
 
     def _unpack(self, blocks: np.ndarray) -> Planes:
         return Planes(_five_bits(blocks[:, 4:8], blocks[:, 8:]), f16_at(blocks, 0), f16_at(blocks, 2))
