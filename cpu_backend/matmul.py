@@ -104,7 +104,7 @@ def _emit_block_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     format = block_format(dtype)
     assert format is not None
     row_at = [b.add(w, b.mul(w_stride, _at_most(b, r, rows))) for r in range(R)]
-    ahead = b.mul(w_stride, i64(R))
+    ahead = b.mul(w_stride, i64(TALL_BLOCK_ROWS))
     token_at = [b.add(x, b.mul(x_stride, _at_most(b, c, tokens))) for c in range(C)]
     groups = b.sdiv(K, i64(GROUP))
     floats = ir.VectorType(F32, LANES)
