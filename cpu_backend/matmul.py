@@ -49,11 +49,15 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     rows = [b.add(w, b.mul(w_stride, _at_most(b, r, num_rows))) for r in range(R)]
     tokens = [b.add(x, b.mul(x_stride, _at_most(b, c, num_tokens))) for c in range(C)]
     size = ITEM_NBYTES[dtype]
+    ahead = b.mul(w_stride, i64(2 * R))
     num_vectors = b.sdiv(K, i64(LANES))
 
     def body(i: ir.Value, acc: list[ir.Value]) -> list[ir.Value]:
         w_at, x_at = b.mul(i, i64(LANES * size)), b.mul(i, i64(LANES * 4))
         ws = [llvm_load_float(b, dtype, b.add(row, w_at), LANES) for row in rows]
+        if C > 1:
+            for row in rows:
+                prefetch(b, b.add(row, b.add(ahead, w_at)))
         new = list(acc)
         for c in range(C):
             xv = llvm_load_float(b, "f32", b.add(tokens[c], x_at), LANES)
