@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -354,6 +354,8 @@ def load(
         log.warning("using the CPU: %s", error)
         backend = open_backend("cpu", threads=threads, progress=progress)
         engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
+    if not backend.maps_weights:  # copies of converted matrices must not stay in host memory
+        checkpoint = replace(checkpoint, tensors={})
     return LLM(checkpoint, backend, engine, time.perf_counter() - start)
 
 

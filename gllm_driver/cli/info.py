@@ -36,7 +36,9 @@ def info(*, model: str | None, as_json: bool, debug: bool) -> None:
     if model is not None:
         from ..loaders.open import open_checkpoint
 
-        facts["model"] = describe(open_checkpoint(model, progress=None if console.interactive else False))
+        facts["model"] = describe(
+            open_checkpoint(model, progress=None if console.interactive else False, describe_only=True)
+        )
     with console.printing() as output:
         output.write(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
         output.end_line()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from ..models.families import FAMILIES
 from ..models.gguf_keys import arch_of_gguf
 from ..models.hf_config import arch_of_config
 from ..models.names import NameTable, match_slots
+from ..types import Tensor
 from . import gguf, safetensors
 from .defaults import defaults_of_gguf, defaults_of_hf
 from .fused import split_fused
+from .hf_quant import PackedTensor, with_matrices
 from .hub import fetch_from_hub
 from .jsonfile import read_object
 from .mapping import StoredTensor
@@ -28,13 +31,14 @@ _HUB_ID = re.compile(
 )
 
 
-def open_checkpoint(path_or_id: str | Path, *, progress: bool | None = None) -> Checkpoint:
-    """Describe a model and map its weights into memory; nothing is copied or converted.
+def open_checkpoint(path_or_id: str | Path, *, progress: bool | None = None, describe_only: bool = False) -> Checkpoint:
+    """Describe a model and map its weights into memory; only packed matrices of other quantizers are converted.
 
     `path_or_id`: a Hugging Face directory (config.json and safetensors), a `.gguf` file (the first part, if split), a
     `.safetensors` file with its config.json beside it, or a hub id: `org/name`, `org/name@revision`,
     `org/name:file.gguf`. What exists as a path, or is written like one, is never looked up on the hub.
-    `progress` False silences the hub's progress bars.
+    `progress` False silences the hub's progress bars. describe_only: types, shapes and sizes are wanted, not values;
+    matrices that would be converted are then memory that holds nothing.
 
     Raises ModelFormatError (path, tensor, offset) for anything unreadable, HubError when the hub cannot deliver.
     """
@@ -49,9 +53,9 @@ def open_checkpoint(path_or_id: str | Path, *, progress: bool | None = None) -> 
         path = fetch_from_hub(match["repo"], revision=match["revision"], file=match["file"], progress=progress)
     try:
         if path.is_dir():
-            return _open_directory(path)
+            return _open_directory(path, describe_only)
         if path.suffix == ".safetensors":
-            return _open_hf(path, path.parent, safetensors.read_safetensors(path))
+            return _open_hf(path, path.parent, safetensors.read_safetensors(path), describe_only)
         return _open_gguf(path)
     except OSError as error:  # a folder that may be listed but not searched, a disk that fails
         raise ModelFormatError(f"cannot be read: {error.strerror}", path=path) from error
@@ -71,12 +75,12 @@ def _hub_id(text: str) -> re.Match[str] | None:
     return match
 
 
-def _open_directory(folder: Path) -> Checkpoint:
+def _open_directory(folder: Path, describe_only: bool) -> Checkpoint:
     index, single = folder / safetensors.INDEX_NAME, folder / safetensors.SINGLE_NAME
     if index.exists():
-        return _open_hf(index, folder, safetensors.read_safetensors_index(index))
+        return _open_hf(index, folder, safetensors.read_safetensors_index(index), describe_only)
     if single.exists():
-        return _open_hf(single, folder, safetensors.read_safetensors(single))
+        return _open_hf(single, folder, safetensors.read_safetensors(single), describe_only)
     ggufs = sorted(file.name for file in folder.glob("*.gguf"))
     if ggufs:
         raise ModelFormatError(f"is a directory of GGUF files; open one of them: {', '.join(ggufs)[:200]}", path=folder)
@@ -87,8 +91,9 @@ def _open_directory(folder: Path) -> Checkpoint:
     raise ModelFormatError(f"holds neither {safetensors.SINGLE_NAME} nor {safetensors.INDEX_NAME}{hint}", path=folder)
 
 
-def _open_hf(weights: Path, folder: Path, stored: Mapping[str, StoredTensor]) -> Checkpoint:
+def _open_hf(weights: Path, folder: Path, files: Mapping[str, StoredTensor], describe_only: bool) -> Checkpoint:
     config = read_object(folder / "config.json")
+    stored = with_matrices(files, config, folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = read_object(generation_path) if generation_path.exists() else {}
     arch = arch_of_config(config, stored.keys(), folder / "config.json")
@@ -97,7 +102,7 @@ def _open_hf(weights: Path, folder: Path, stored: Mapping[str, StoredTensor]) ->
         metadata[key] = folder / name if (folder / name).exists() else None
     defaults = defaults_of_hf(config, generation, generation_path if generation else folder / "config.json")
     names = FAMILIES[arch.family].hf_names.fitting(stored)
-    return _checkpoint(weights, arch, names, stored, safetensors.READABLE, defaults, metadata)
+    return _checkpoint(weights, arch, names, stored, safetensors.READABLE, defaults, metadata, describe_only)
 
 
 # Keys of `Checkpoint.metadata` for Hugging Face directories: Path, or None where the file is absent.
@@ -120,13 +125,21 @@ def _checkpoint(
     path: Path,
     arch: Arch,
     names: NameTable,
-    stored: Mapping[str, StoredTensor],
+    stored: Mapping[str, StoredTensor | PackedTensor],
     readable: Mapping[str, Any] | tuple[str, ...],
     defaults: GenerationDefaults,
     metadata: Mapping[str, Any],
+    describe_only: bool = False,
 ) -> Checkpoint:
     sources = match_slots(arch, names, stored, path)
-    opened = {name: stored[name].open(readable) for name in set(sources.values())}
+
+    def open_one(name: str) -> Tensor:
+        tensor = stored[name]
+        return tensor.reserve() if describe_only and isinstance(tensor, PackedTensor) else tensor.open(readable)
+
+    distinct = sorted(set(sources.values()))
+    with ThreadPoolExecutor() as pool:  # packed tensors are converted here
+        opened = dict(zip(distinct, pool.map(open_one, distinct), strict=True))
     tensors = split_fused(arch, names, sources, opened)
     for file in {id(stored[name].file): stored[name].file for name in sources.values()}.values():
         file.will_need()

@@ -74,14 +74,6 @@ def arch_of_config(config: Mapping[str, Any], tensor_names: Collection[str], pat
     """
     family = family_of_config(config, path)
     fields = Fields({**family.config_defaults, **config}, path)
-    if fields.has("quantization_config"):
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise fields.error(
-            "quantization_config",
-            f"says the weights are quantized ({str(method)[:40]}), which this version cannot read from safetensors; "
-            "use the unquantized model or a GGUF file",
-        )
     fields.refuse(_NEUTRAL)
     read = _READERS.get(family.name, _arch_of_llama)
     return checked(read(fields, family, tensor_names), path)
