@@ -12,8 +12,10 @@ import tiny_files
 from safetensors.numpy import save_file
 
 import gllm_driver as gllm
+from gllm_driver.cli.info import describe
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.loaders.hf_quant import with_matrices
+from gllm_driver.loaders.hf_quant import PackedTensor, with_matrices
+from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.loaders.safetensors import read_safetensors
 from gllm_driver.quant.formats import FORMATS
 from gllm_driver.quant.native_file import NativeFileWriter, quantization_section
@@ -307,3 +309,19 @@ def test_native_files_whose_config_does_not_fit(tmp_path: Path, types: dict[str,
     config = {"quantization_config": {"quant_method": "gllm", "version": 1, "tensors": types}}
     with pytest.raises(ModelFormatError, match=message):
         with_matrices(read_safetensors(tmp_path / "m.safetensors"), config, tmp_path / "config.json")
+
+
+def test_describing_a_model_converts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    g = np.random.Generator(np.random.PCG64(3))
+    tensors: Stored = {}
+    for name, (N, *K) in tiny_files.hf_shapes().items():
+        if "proj" not in name:
+            tensors[name] = np.ones((N, *K), np.float32)
+            continue
+        parts, _ = layer("awq", N, K[0], 32, 4, g)
+        tensors |= {name.replace("weight", part): array for part, array in parts.items()}
+    tiny_files.write_hf(tmp_path, {**tiny_files.CONFIG, "quantization_config": section("awq", 4, 32)}, tensors)
+    monkeypatch.setattr(PackedTensor, "open", None)
+    facts = describe(open_checkpoint(tmp_path, describe_only=True))
+    assert facts["tensor_types"]["int4_32z"]["tensors"] == 14
+    assert facts["tensor_types"]["int4_32z"]["bits_per_weight"] == 5

@@ -193,6 +193,17 @@ def test_rows_that_hold_no_whole_blocks(tmp_path: Path) -> None:
     path = raw(tmp_path / "m.gguf", [], [described("a", [48, 2], 8)], data=102)
     with pytest.raises(ModelFormatError, match="blocks of 32"):
         read_gguf(path).tensors["a"].open(READABLE)
+    path = raw(tmp_path / "m.gguf", [], [described("a", [128, 2], 12)], data=144)  # Q4_K, one block across two rows
+    with pytest.raises(ModelFormatError, match="rows of 128 elements hold no whole number of q4_k blocks of 256"):
+        read_gguf(path).tensors["a"].open(READABLE)
+
+
+@pytest.mark.parametrize(("type_id", "nbytes"), [(12, 144), (14, 210), (29, 56), (39, 17 * 8), (41, 36)])
+def test_truncated_blocks(tmp_path: Path, type_id: int, nbytes: int) -> None:
+    tensors = [described("a", [256, 3], type_id)]
+    with pytest.raises(ModelFormatError, match=r"'a'.*is truncated or damaged"):
+        read_gguf(raw(tmp_path / "m.gguf", [], tensors, data=3 * nbytes - 1))
+    assert read_gguf(raw(tmp_path / "m.gguf", [], tensors, data=3 * nbytes)).tensors["a"].open(READABLE).nbytes
 
 
 def test_not_gguf(tmp_path: Path) -> None:
