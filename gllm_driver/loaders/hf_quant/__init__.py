@@ -105,7 +105,7 @@ def with_matrices(
 def _is_quantized(tensors: Mapping[str, StoredTensor], scheme: Scheme) -> bool:
     if scheme.part == "weight":
         return "weight" in tensors and tensors["weight"].type_name == "I8"
-    return set(tensors) != {"weight"}
+    return not tensors.keys() <= {"weight", "input_scale", "output_scale"}  # the latter two: of activations, unused
 
 
 def _native(stored: Mapping[str, StoredTensor], section: Mapping[str, Any], path: Path) -> Mapping[str, StoredTensor]:
