@@ -6,6 +6,7 @@ constexpr int kEmbeddingThreads = 256;
 
 template <class D>
 __device__ __forceinline__ void embedding(const EmbeddingArgs &a) {
+  overlap_launches();
   const int64_t t = blockIdx.x;
   const auto *row = byte_offset(a.weight, a.ids[t] * row_nbytes<D>(a.D));
   float *out = a.out + t * a.D;

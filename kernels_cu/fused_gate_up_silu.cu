@@ -2,6 +2,7 @@
 //
 // A unit is eight rows of gate and the same eight of up, so one thread holds both sides of every product. Without a gate
 // out = act(h . up^T + up_bias), and a unit is sixteen rows of up.
+#include "common/dot.cuh"
 #include "common/gemv.cuh"
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
@@ -62,6 +63,13 @@ struct GateUp {
     a.out[static_cast<int64_t>(token) * a.F + f] = value;
   }
 
+  struct Early {};  // nothing is worth reading before it is needed
+  __device__ __forceinline__ Early early(int, int, int) const { return {}; }
+
+  template <class D>
+  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2], const Early &) const {
+    store<D>(token, unit, r, values);
+  }
   template <class D>
   __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2]) const {
     const int outputs = is_gated() ? 1 : 2;
@@ -84,19 +92,24 @@ struct GateUp {
   extern "C" __global__ void __launch_bounds__ bounds fused_gate_up_silu__##name(const __grid_constant__ FusedGateUpSiluArgs a, ##__VA_ARGS__)
 
 #define GEMV(name, Type, planes, tiles) \
-  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { gemv<Type, planes, tiles>(GateUp(a)); }
+  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(GateUp(a)); }
 GEMV_VARIANTS(GEMV)
 
+#define DOT(name, Type, tokens, rows) \
+  KERNEL((kDotThreads, kDotBlocks), dot_##name##_t##tokens##_r##rows) { dot<Type, tokens, rows>(GateUp(a)); }
+DOT_VARIANTS(DOT)
+
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32, void *scratch) { normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
+KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 
 #define MMA(name, Type, tokens, rows, ...)                                              \
   KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+    overlap_launches();                                                                                           \
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 
-KERNEL((kPlainThreads), plain, void *scratch) { plain_gemm(GateUp(a), static_cast<const float *>(scratch), a.F); }
+KERNEL((kPlainThreads), plain, void *scratch) { overlap_launches(); plain_gemm(GateUp(a), static_cast<const float *>(scratch), a.F); }

@@ -5,6 +5,7 @@
 // as they are, to `q` and to scratch (k and v), and `place` does the rest with a warp per head.
 //
 // Scratch: k and v as they are, f32 [T, 2 KD], then the rows of activations at a multiple of 256 bytes.
+#include "common/dot.cuh"
 #include "common/gemv.cuh"
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
@@ -71,7 +72,7 @@ struct Qkv {
   // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
   __device__ __forceinline__ int64_t slot(int token, int part, int head) const {
     if (part == 0) return static_cast<int64_t>(token) * a.QD + head * a.Dh;
-    const int64_t position = a.positions[token], index = position / a.P, within = position - index * a.P;
+    const int position = static_cast<int>(a.positions[token]), index = position / a.P, within = position - index * a.P;
     const int64_t page = a.page_table[static_cast<int64_t>(a.seq[token]) * a.MP + index];
     return ((((page * a.L + a.layer) * 2 + (part - 1)) * a.HK + head) * a.P + within) * a.Dh;
   }
@@ -92,8 +93,30 @@ struct Qkv {
     return part == 0 ? a.q + static_cast<int64_t>(token) * a.QD : raw + (static_cast<int64_t>(token) * 2 + (part - 1)) * a.KD;
   }
 
+  // Where a result goes and how it is rotated: read before it is needed.
+  struct Early {
+    int64_t slot = 0;  // of the head's dim 0
+    float cosine, sine;
+    bool turns = false;
+  };
+  __device__ __forceinline__ Early early(int token, int unit, int r) const {
+    Early found;
+    if (!rotates || unit >= num_units()) return found;
+    const int part = part_of(unit), row = unit * kUnitRows, dim = row % a.Dh;
+    found.slot = slot(token, part, row / a.Dh);
+    if (rotated(part, dim)) {
+      const float *cos_sin = a.cos_sin + static_cast<int64_t>(token) * 2 * a.R + dim / 2 + r;
+      found.cosine = cos_sin[0], found.sine = cos_sin[a.R], found.turns = true;
+    }
+    return found;
+  }
+
   template <class D>
   __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2]) const {
+    store<D>(token, unit, r, values, early(token, unit, r));
+  }
+  template <class D>
+  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[2], const Early &found) const {
     if (unit >= num_units()) return;
     const int part = part_of(unit), step = row_step(part, unit);
     const int first = first_row(part, unit, 0) + r * step, second = first_row(part, unit, 1) + r * step;
@@ -106,18 +129,15 @@ struct Qkv {
     const float *bias = bias_of(part);
     float u = values[0], v = values[1];
     if (bias != nullptr) u += bias[first], v += bias[second];
-    const int dim = unit * kUnitRows % a.Dh;
-    if (rotated(part, dim)) rotate(token, dim / 2 + r, u, v);
-    const int head = first / a.Dh;
-    const int64_t to = slot(token, part, head) - head * a.Dh;
+    if (found.turns) rotate(found.cosine, found.sine, u, v);
+    const int64_t to = found.slot - first / a.Dh * a.Dh;
     put(part, to + first, u);
     put(part, to + second, v);
   }
 
-  // Turn (u, v) by the angle of pair i at the token's position.
-  __device__ __forceinline__ void rotate(int token, int i, float &u, float &v) const {
-    const float *cos_sin = a.cos_sin + static_cast<int64_t>(token) * 2 * a.R;
-    const float c = cos_sin[i], s = cos_sin[a.R + i], x0 = u;
+  // Turn (u, v) by an angle.
+  static __device__ __forceinline__ void rotate(float c, float s, float &u, float &v) {
+    const float x0 = u;
     u = x0 * c - v * s;
     v = v * c + x0 * s;
   }
@@ -148,10 +168,11 @@ struct Qkv {
     const auto value = [&](int d) { return weight != nullptr ? biased(d) * factor * weight[d] : biased(d); };
     const int64_t to = slot(token, part, first / a.Dh);
     const int pairs = part == 2 ? 0 : a.R;
+    const float *cos_sin = a.cos_sin + static_cast<int64_t>(token) * 2 * a.R;
     for (int i = lane; i < pairs; i += 32) {  // a lane reads both of a pair before it writes them: q is changed in place
       const int d0 = a.rope_style == 1 ? 2 * i : i, d1 = a.rope_style == 1 ? 2 * i + 1 : i + a.R;
       float u = value(d0), v = value(d1);
-      rotate(token, i, u, v);
+      rotate(cos_sin[i], cos_sin[a.R + i], u, v);
       put(part, to + d0, u);
       put(part, to + d1, v);
     }
@@ -163,28 +184,35 @@ struct Qkv {
   extern "C" __global__ void __launch_bounds__ bounds fused_qkv_rope__##name(const __grid_constant__ FusedQkvRopeArgs a, void *scratch)
 
 #define GEMV(name, Type, planes, tiles) \
-  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { gemv<Type, planes, tiles>(Qkv(a, scratch)); }
+  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Qkv(a, scratch)); }
 GEMV_VARIANTS(GEMV)
 
+#define DOT(name, Type, tokens, rows) \
+  KERNEL((kDotThreads, kDotBlocks), dot_##name##_t##tokens##_r##rows) { dot<Type, tokens, rows>(Qkv(a, scratch)); }
+DOT_VARIANTS(DOT)
+
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name) { prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
+  KERNEL((kRowThreads), rows_##name) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32) { normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
+KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
   KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
+    overlap_launches();                                                                                          \
     const Qkv op(a, scratch);                                                                                 \
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 
 KERNEL((kPlainThreads), plain) {
+  overlap_launches();
   const Qkv op(a, scratch);
   plain_gemm(op, static_cast<const float *>(op.rows_scratch()), a.QD + 2 * a.KD);
 }
 
 KERNEL((kPlaceThreads), place) {
+  overlap_launches();
   const int warp = static_cast<int>(blockIdx.x) * (kPlaceThreads / 32) + threadIdx.x / 32, heads = a.QD / a.Dh + 2 * a.HK;
   if (warp < a.T * heads) Qkv(a, scratch).place(warp / heads, warp % heads);
 }

@@ -1,6 +1,8 @@
 // linear - out = x . weight^T + bias + residual. out may be the same memory as residual.
 //
-// gemv_*: few tokens, one pass over the weights. rows_* then mma_*: many tokens. plain: whatever those cannot take.
+// dot_*: up to four tokens, float weights, in f32. gemv_*: few tokens, one pass over the weights. rows_* then mma_*: many
+// tokens. plain: whatever those cannot take.
+#include "common/dot.cuh"
 #include "common/gemv.cuh"
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
@@ -24,17 +26,26 @@ struct Linear {
     return {a.weight, index * kTileRows, 1, a.N, K};
   }
 
-  __device__ __forceinline__ void put(int token, int n, float value) const {
-    const int64_t i = static_cast<int64_t>(token) * a.N + n;
-    if (a.bias != nullptr) value += a.bias[n];
-    if (a.residual != nullptr) value += a.residual[i];
-    a.out[i] = value;
+  // What is added to a result: read before it is needed.
+  struct Early {
+    float bias = 0, residual = 0;
+  };
+  __device__ __forceinline__ Early early(int token, int unit, int r) const {
+    const int n = unit * kTileRows + r;
+    Early found;
+    if (n < a.N && a.bias != nullptr) found.bias = a.bias[n];
+    if (n < a.N && a.residual != nullptr) found.residual = a.residual[static_cast<int64_t>(token) * a.N + n];
+    return found;
   }
 
   template <class D>
-  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[1]) const {
+  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[1], const Early &found) const {
     const int n = unit * kTileRows + r;
-    if (n < a.N) put(token, n, values[0]);
+    if (n < a.N) a.out[static_cast<int64_t>(token) * a.N + n] = values[0] + found.bias + found.residual;
+  }
+  template <class D>
+  __device__ __forceinline__ void store(int token, int unit, int r, const float (&values)[1]) const {
+    store<D>(token, unit, r, values, early(token, unit, r));
   }
 
   __device__ __forceinline__ void plain(int n, const float *rows, int first, int tokens) const {
@@ -42,7 +53,9 @@ struct Linear {
     plain_row(a.weight, a.weight_dtype, n, rows, tokens, K, sum);
 #pragma unroll
     for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) put(first + t, n, sum[t]);
+      if (t >= tokens || threadIdx.x % 32 != t) continue;
+      const float value[1] = {sum[t]};
+      store<F32>(first + t, n / kTileRows, n % kTileRows, value);
     }
   }
 };
@@ -51,18 +64,23 @@ struct Linear {
   extern "C" __global__ void __launch_bounds__ bounds linear__##name(const __grid_constant__ LinearArgs a, ##__VA_ARGS__)
 
 #define GEMV(name, Type, planes, tiles) \
-  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { gemv<Type, planes, tiles>(Linear(a)); }
+  KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Linear(a)); }
 GEMV_VARIANTS(GEMV)
 
+#define DOT(name, Type, tokens, rows) \
+  KERNEL((kDotThreads, kDotBlocks), dot_##name##_t##tokens##_r##rows) { dot<Type, tokens, rows>(Linear(a)); }
+DOT_VARIANTS(DOT)
+
 #define ROWS(name, Half) \
-  KERNEL((kRowThreads), rows_##name, void *scratch) { prepare_row<Half, false>(a.x, RowNorm(), a.T, a.K, scratch); }
+  KERNEL((kRowThreads), rows_##name, void *scratch) { overlap_launches(); prepare_row<Half, false>(a.x, RowNorm(), a.T, a.K, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 
 #define MMA(name, Type, tokens, rows, ...)                                                                        \
   KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+    overlap_launches();                                                                                           \
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
   }
 MMA_VARIANTS(MMA)
 
-KERNEL((kPlainThreads), plain) { plain_gemm(Linear(a), a.x, a.N); }
+KERNEL((kPlainThreads), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }

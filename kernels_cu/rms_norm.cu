@@ -57,6 +57,7 @@ __device__ __forceinline__ void norm_output4(const NormRow &row, int i, float4 v
 
 extern "C" __global__ void __launch_bounds__(kNormThreads) rms_norm__row(const __grid_constant__ RmsNormArgs a) {
   SHARED(float, scratch, kNormThreads / 32);
+  overlap_launches();
   const int64_t s = blockIdx.x, r = a.rows ? a.rows[s] : s;
   const NormRow row{a.x + r * a.D, a.residual ? a.residual + r * a.D : nullptr, a.weight, a.bias, a.out + s * a.D};
   const uintptr_t addresses =

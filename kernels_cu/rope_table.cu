@@ -6,6 +6,7 @@
 constexpr int kRopeThreads = 128;
 
 extern "C" __global__ void __launch_bounds__(kRopeThreads) rope_table__f64(const __grid_constant__ RopeTableArgs a) {
+  overlap_launches();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRopeThreads + threadIdx.x;
   if (i >= static_cast<int64_t>(a.T) * a.R) return;
   const int64_t t = i / a.R;

@@ -80,6 +80,7 @@ __device__ __forceinline__ u64 best_of_blocks(const u64 *bests, int num_blocks, 
 
 extern "C" __global__ void __launch_bounds__(kScanThreads) sample__scan(const __grid_constant__ SampleArgs a, void *scratch) {
   SHARED(u64, warp_bests, kScanThreads / 32);
+  overlap_launches();
   const Row row = sample_row(a, blockIdx.y);
   RowScratch &mine = row_scratch(scratch, blockIdx.y);
   for (int i = blockIdx.x * kScanThreads + threadIdx.x; i < kBins; i += gridDim.x * kScanThreads) {
@@ -146,6 +147,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads) sample__histogram(con
   SHARED(u64, masses, kBins);
   SHARED(uint32_t, counts, kBins);
   SHARED(u64, warp_bests, kScanThreads / 32);
+  overlap_launches();
   const Row row = sample_row(a, blockIdx.y);
   RowScratch &mine = row_scratch(scratch, blockIdx.y);
   const float best = best_value(best_of_blocks<kScanThreads>(mine.best, gridDim.x, warp_bests));
@@ -184,6 +186,7 @@ __device__ __forceinline__ uint32_t num_within(const RowScratch &mine, int last,
 extern "C" __global__ void __launch_bounds__(kScanThreads) sample__collect(const __grid_constant__ SampleArgs a, void *scratch) {
   SHARED(u64, bins, kBins);
   SHARED(SelectScratch<kScanThreads>, select, 1);
+  overlap_launches();
   const Row row = sample_row(a, blockIdx.y);
   RowScratch &mine = row_scratch(scratch, blockIdx.y);
   const float best = best_value(best_of_blocks<kScanThreads>(mine.best, gridDim.x, select[0].warp_totals));
@@ -204,6 +207,7 @@ extern "C" __global__ void __launch_bounds__(kScanThreads) sample__collect(const
 // One block per row.
 extern "C" __global__ void __launch_bounds__(kChooseThreads) sample__choose(const __grid_constant__ SampleArgs a, void *scratch) {
   SHARED(ChooseScratch, shared, 1);
+  overlap_launches();
   const int64_t s = blockIdx.x;
   const Row row = sample_row(a, s);
   RowScratch &mine = row_scratch(scratch, s);
@@ -231,6 +235,7 @@ extern "C" __global__ void __launch_bounds__(kChooseThreads) sample__choose(cons
 
 extern "C" __global__ void __launch_bounds__(kChooseThreads) sample__row(const __grid_constant__ SampleArgs a) {
   SHARED(ChooseScratch, shared, 1);
+  overlap_launches();
   const int64_t s = blockIdx.x;
   const Row row = sample_row(a, s);
   u64 top = 0;

@@ -38,6 +38,23 @@ class PackedParams:
         return [v.nbytes for v in self.values]
 
 
+def _overlapping(
+    grid: tuple[int, int, int], block: tuple[int, int, int], smem_nbytes: int, stream: Stream
+) -> cu.CUlaunchConfig:
+    """The configuration of a launch that may start before the one before it has ended."""
+    attribute = cu.CUlaunchAttribute()
+    attribute.id = cu.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = cu.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = block
+    config.sharedMemBytes = smem_nbytes
+    config.hStream = stream.handle
+    config.attrs = [attribute]
+    config.numAttrs = 1
+    return config
+
+
 class Function:
     """A kernel of a loaded module."""
 
@@ -53,14 +70,21 @@ class Function:
         smem_nbytes: int,
         stream: Stream,
         params: int | PackedParams,
+        overlaps: bool = False,
     ) -> None:
         """Queue one launch; `params` is a PackedParams or its address. The driver copies the values before it returns.
+
+        `overlaps`: it may start before the kernel launched before it has ended (programmatic dependent launch, devices
+        of compute capability 9.0 on); the kernel then waits for that one by itself.
 
         Needs the device's context on the calling thread. Raises DriverError for a grid or block beyond the limits.
         """
         if smem_nbytes > self._smem_limit:
             self.allow_smem(smem_nbytes)
         address = params if isinstance(params, int) else params.address
+        if overlaps:
+            call(cu.cuLaunchKernelEx, _overlapping(grid, block, smem_nbytes, stream), self.handle, address, 0)
+            return
         call(cu.cuLaunchKernel, self.handle, *grid, *block, smem_nbytes, stream.handle, address, 0)
 
     def allow_smem(self, nbytes: int) -> None:

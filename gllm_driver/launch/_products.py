@@ -1,11 +1,12 @@
 """What the launches of all products with stored weights share: which kernels can take them, and on what grids.
 
-Three families (kernels_cu/common): gemv for few tokens, mma for many, plain for what those cannot take.
+Four families (kernels_cu/common): dot for up to four tokens and float weights, gemv for few tokens, mma for many, plain
+for what those cannot take. All may overlap with the launch before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..types import DTYPES
@@ -22,6 +23,12 @@ PLAIN_TOKENS = 8
 ROW_THREADS = 128
 SEGMENT_STRIDE = {"f16": 512, "bf16": 512, "q8_0": 288, "q4_0": 176}  # bytes of a row's segment in shared memory
 DEPTH_STRIDE = {"f16": 128, "bf16": 128, "q8_0": 96, "q4_0": 80}  # of 64 elements
+DOT_THREADS = 256
+DOT_WARPS = DOT_THREADS // 32
+DOT_RING_NBYTES = 8 << 10  # of a warp
+DOT_STATIC_NBYTES = 1024  # the most its kernels have besides
+DOT_STEP = {"f32": 128, "f16": 256, "bf16": 256}  # elements of a row a warp copies at once
+MAX_DOT_TOKENS = 4
 RING_STAGES = {"f16": 3, "bf16": 3, "q8_0": 4, "q4_0": 4}
 
 
@@ -59,6 +66,33 @@ def on_tensor_cores(weights: Iterable[tuple[str, int]], K: int, device: DevicePr
     )
 
 
+def dot(
+    op: str,
+    weights: Sequence[tuple[str, int]],
+    T: int,
+    K: int,
+    units: int,
+    unit: int,
+    device: DeviceProps,
+    workspace_nbytes: int = 0,
+) -> Launch | None:
+    """One pass over float weights (dtype, address) of one dtype in f32; None where another family must do it."""
+    dtype = weights[0][0]
+    if T > MAX_DOT_TOKENS or dtype not in DOT_STEP:
+        return None
+    if DTYPES[dtype].row_nbytes(K) % 16 or any(address % 16 for _, address in weights):
+        return None
+    tokens = 1 << (T - 1).bit_length()
+    smem_nbytes = DOT_WARPS * DOT_RING_NBYTES + tokens * ceil_div(K, DOT_STEP[dtype]) * DOT_STEP[dtype] * 4
+    if smem_nbytes + DOT_STATIC_NBYTES > device.max_smem_optin:
+        return None
+    num_rows = units * TILE_ROWS * unit
+    rows = 4 if num_rows >= 3 * device.num_sms * DOT_WARPS else 2
+    grid = min(device.num_sms, ceil_div(num_rows, rows))
+    name = f"{op}__dot_{dtype}_t{tokens}_r{rows}"
+    return Launch(name, (grid, 1, 1), (DOT_THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
+
+
 def gemv_planes(dtype: str, T: int, deterministic: bool) -> int:
     """16-bit rows per token: enough for f32 activations, but one if results may not depend on the number of tokens."""
     if deterministic:
@@ -90,7 +124,7 @@ def gemv(
     at_once = device.num_sms * max(1, min(8, (device.max_smem_optin + 1024) // (smem_nbytes + 2048)))
     grid = ceil_div(units, ceil_div(units, at_once))
     name = f"{op}__gemv_{dtype}_p{planes}_m{1 if slots <= 16 else 2}"
-    return Launch(name, (grid, 1, 1), (GEMV_THREADS, 1, 1), smem_nbytes, workspace_nbytes)
+    return Launch(name, (grid, 1, 1), (GEMV_THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
 
 
 def prepared_nbytes(T: int, K: int) -> int:
@@ -105,15 +139,15 @@ def mma(op: str, dtype: str, T: int, K: int, tiles: int, workspace_nbytes: int, 
     shape = LARGE if fits and blocks >= device.num_sms else SMALL
     grid = (ceil_div(tiles * TILE_ROWS, shape.rows), ceil_div(T, shape.tokens), 1)
     smem_nbytes = shape.smem_nbytes(dtype)
-    return Launch(f"{op}__mma_{dtype}_{shape.name}", grid, (shape.threads, 1, 1), smem_nbytes, workspace_nbytes)
+    return Launch(f"{op}__mma_{dtype}_{shape.name}", grid, (shape.threads, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
 
 
 def rows(op: str, kind: str, T: int, workspace_nbytes: int) -> Launch:
     """The kernel that prepares activations, one block per token."""
-    return Launch(f"{op}__rows_{kind}", (T, 1, 1), (ROW_THREADS, 1, 1), 0, workspace_nbytes)
+    return Launch(f"{op}__rows_{kind}", (T, 1, 1), (ROW_THREADS, 1, 1), 0, workspace_nbytes, overlaps=True)
 
 
 def plain(op: str, T: int, N: int, workspace_nbytes: int = 0) -> Launch:
     """The kernel for any weights: a warp per row, eight tokens at a time."""
     grid = (ceil_div(N, PLAIN_THREADS // 32), min(ceil_div(T, PLAIN_TOKENS), MAX_GRID_YZ), 1)
-    return Launch(f"{op}__plain", grid, (PLAIN_THREADS, 1, 1), 0, workspace_nbytes)
+    return Launch(f"{op}__plain", grid, (PLAIN_THREADS, 1, 1), 0, workspace_nbytes, overlaps=True)

@@ -29,6 +29,7 @@ class Launch:
     block: Grid
     smem_nbytes: int = 0  # dynamic shared memory
     workspace_nbytes: int = 0  # scratch in device memory; not 0: its address is the kernel's second parameter
+    overlaps: bool = False  # the kernel calls wait_for_earlier_launches() and may start before the one before has ended
 
     num_counters: int = 0  # i32, zero before and after the launch; not 0: their address is the kernel's last parameter
 

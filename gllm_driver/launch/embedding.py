@@ -15,4 +15,4 @@ BLOCK_ELEMENTS = 8 * THREADS
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
     """One launch; nothing for no tokens."""
     grid = (int(a["T"]), ceil_div(int(a["D"]), BLOCK_ELEMENTS), 1)
-    return [Launch(f"embedding__{dtypes['weight']}", grid, (THREADS, 1, 1))] if 0 not in grid else []
+    return [Launch(f"embedding__{dtypes['weight']}", grid, (THREADS, 1, 1), overlaps=True)] if 0 not in grid else []

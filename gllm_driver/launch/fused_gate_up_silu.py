@@ -19,10 +19,13 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return []
     weights = [(dtypes[name], int(a[name])) for name in ("gate", "up") if name in dtypes]
     dtype = dtypes["up"]
-    if dtypes.get("gate", dtype) != dtype or not products.on_tensor_cores(weights, D, device):
+    units = ceil_div(F, products.TILE_ROWS * (1 if "gate" in dtypes else 2))
+    is_mixed = dtypes.get("gate", dtype) != dtype
+    if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
+        return [dot]
+    if is_mixed or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, F, scratch)]
-    units = ceil_div(F, products.TILE_ROWS * (1 if "gate" in dtypes else 2))
     if T <= products.MAX_GEMV_TOKENS:
         return [products.gemv(OP, dtype, T, D, units, 2, device, deterministic)]
     scratch = products.prepared_nbytes(T, D)

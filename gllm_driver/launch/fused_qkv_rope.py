@@ -28,17 +28,26 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         (ceil_div(T * (QD + 2 * KD) // head_dim, PLACE_THREADS // 32), 1, 1),
         (PLACE_THREADS, 1, 1),
         workspace_nbytes=raw,
+        overlaps=True,
     )
+    units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
+    # the products' epilogue cannot finish such heads
+    finish = [place] if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS else []
+    dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
+    if not deterministic and all(dots):
+        return [dot for dot in dots if dot] + finish
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
-    units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
     if T <= products.MAX_GEMV_TOKENS:
         found = [products.gemv(OP, kind, T, D, units, 2, device, deterministic, raw) for kind in kinds]
     else:
         scratch = raw + products.prepared_nbytes(T, D)
         found = [products.rows(OP, halves.pop(), T, scratch)]
         found += [products.mma(OP, kind, T, D, 2 * units, scratch, device) for kind in kinds]
-    if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS:  # the products' epilogue cannot finish heads
-        found.append(place)
-    return found
+    return found + finish
+
+
+def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:
+    """The weights of a dtype."""
+    return [weight for weight in weights if weight[0] == kind]

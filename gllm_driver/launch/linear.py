@@ -15,9 +15,12 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     T, K, N, dtype = int(a["T"]), int(a["K"]), int(a["N"]), dtypes["weight"]
     if not T or not N:
         return []
-    if not products.on_tensor_cores([(dtype, int(a["weight"]))], K, device):
-        return [products.plain("linear", T, N)]
+    weights = [(dtype, int(a["weight"]))]
     tiles = ceil_div(N, products.TILE_ROWS)
+    if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
+        return [dot]
+    if not products.on_tensor_cores(weights, K, device):
+        return [products.plain("linear", T, N)]
     if T <= products.MAX_GEMV_TOKENS:
         return [products.gemv("linear", dtype, T, K, tiles, 1, device, deterministic)]
     scratch = products.prepared_nbytes(T, K)

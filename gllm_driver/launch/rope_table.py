@@ -14,4 +14,4 @@ THREADS = 128
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
     """One launch; nothing for no tokens."""
     blocks = ceil_div(int(a["T"]) * int(a["R"]), THREADS)
-    return [Launch("rope_table__f64", (blocks, 1, 1), (THREADS, 1, 1))] if blocks else []
+    return [Launch("rope_table__f64", (blocks, 1, 1), (THREADS, 1, 1), overlaps=True)] if blocks else []

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .runtime import Runtime
 
 
+OVERLAP_CC = (9, 0)  # the first compute capability with programmatic dependent launch
+
+
 @dataclass(frozen=True)
 class _Ready:
     """A launch with everything resolved."""
@@ -75,18 +78,22 @@ class Program:
                 self._ready.append(_Ready(runtime.function(launch), launch, params))
         return self
 
-    def issue(self) -> None:
-        """Queue every launch. Needs the device's context."""
+    def issue(self, overlapping: bool = False) -> None:
+        """Queue every launch. Needs the device's context.
+
+        `overlapping`: those that can start before the one before them has ended. A launch costs the host more then.
+        """
         stream = self._runtime.stream
-        for each in self._ready:
+        for i, each in enumerate(self._ready):
             launch = each.launch
-            each.function.launch(launch.grid, launch.block, launch.smem_nbytes, stream, each.params)
+            overlaps = overlapping and launch.overlaps and i > 0
+            each.function.launch(launch.grid, launch.block, launch.smem_nbytes, stream, each.params, overlaps)
 
     def capture(self, after: Callable[[], None] | None = None) -> None:
         """Make a graph of the launches and of what `after` issues. Nothing runs. Needs the device's context."""
 
         def record() -> None:
-            self.issue()
+            self.issue(overlapping=self._runtime.props.cc >= OVERLAP_CC)
             if after:
                 after()
 

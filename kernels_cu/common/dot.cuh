@@ -1,0 +1,272 @@
+// dot.cuh - products of up to four tokens with float weights, in f32: nothing of an activation is rounded.
+//
+// A warp computes the dot products of kRows weight rows, each lane taking 16 bytes of every 512 of a row. Weights pass through
+// a ring in shared memory, kStages steps of kRows * 512 bytes per warp, always under way; a lane reads what it has copied
+// itself, so there is no barrier. The first copies, a prefetch of what follows into L2 and the norm's weights start before the
+// launch waits for the one before it. Activations stand in shared memory in f32, normalized once per block.
+//
+// An output is summed in one order whatever the number of tokens. `Op` as in gemv.cuh; a warp's rows are entries of a unit, all
+// kUnit rows whose results are stored together.
+#pragma once
+
+#include "activation_rows.cuh"
+#include "weight_tile.cuh"
+
+constexpr int kDotThreads = 256;
+constexpr int kDotBlocks = 2;           // of a multiprocessor: this launch's and the next one's
+constexpr int kDotRingNbytes = 8 << 10;  // of a warp
+constexpr int kPrefetchNbytes = 4 << 10;  // of a row in flight, from its start
+constexpr int kNormVectors = 2;        // float4 of the norm's weights that a thread keeps while it waits
+
+template <class D, int kTokens, int kRows, class Op>
+struct Dot {
+  using Element = typename D::Element;
+  static constexpr int kWarps = kDotThreads / 32;
+  static constexpr int kEach = 16 / sizeof(Element);  // weights of a copy
+  static constexpr int kStep = 32 * kEach;            // elements of a row that a warp copies at once
+  static constexpr int kStageNbytes = kRows * 512, kStages = kDotRingNbytes / kStageNbytes;
+  static constexpr int kEntries = kRows / Op::kUnit;  // of a group, the rows a warp works on at a time
+
+  const Op &op;
+  unsigned char *const ring;  // this lane's part of this warp's
+  float *const rows;          // [kTokens][stride], in the order lanes read them
+  const int steps, stride, groups;
+
+  __device__ __forceinline__ Dot(const Op &o, unsigned char *shared)
+      : op(o), ring(shared + threadIdx.x / 32 * kDotRingNbytes + threadIdx.x % 32 * 16),
+        rows(reinterpret_cast<float *>(shared + kWarps * kDotRingNbytes)), steps(ceil_div(o.K, kStep)), stride(steps * kStep),
+        groups(ceil_div(o.num_units() * kTileRows, kEntries)) {}
+
+  // Row i of a group; null where there is none.
+  __device__ __forceinline__ const unsigned char *row_of(int group, int i) const {
+    const int entry = group * kEntries + i / Op::kUnit, unit = entry / kTileRows;
+    if (unit >= op.num_units()) return nullptr;
+    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows).data;
+  }
+
+  // Lane i works out where row i is: for all lanes.
+  __device__ __forceinline__ void find_rows(int group, const unsigned char *(&from)[kRows]) const {
+    const auto mine = static_cast<unsigned long long>(address_of(row_of(group, threadIdx.x % 32 % kRows)));
+#pragma unroll
+    for (int r = 0; r < kRows; r++) from[r] = pointer_at<const unsigned char>(static_cast<uintptr_t>(__shfl_sync(kFullMask, mine, r)));
+  }
+
+  // Starts the copy of a step of all rows; past the end, zeros.
+  __device__ __forceinline__ void copy(const unsigned char *const (&from)[kRows], int step, int stage) const {
+    const int k = step * kStep + threadIdx.x % 32 * kEach;
+#pragma unroll
+    for (int r = 0; r < kRows; r++)
+      cp_async16(ring + stage * kStageNbytes + r * 512, from[r] + k * static_cast<int64_t>(sizeof(Element)), from[r] != nullptr && k < op.K);
+    cp_async_commit();
+  }
+
+  // Weights of this warp that the first loads leave out.
+  __device__ __forceinline__ void prefetch(int group, int step) const {
+    const int nbytes = op.K * static_cast<int>(sizeof(Element)), i = threadIdx.x % 32;
+    if (i >= kRows) return;
+    for (int left = kPrefetchNbytes; left > 0 && group < groups; group += step, left -= nbytes) {
+      const unsigned char *row = row_of(group, i);
+      if (row != nullptr) prefetch_l2(row, min(left, nbytes));
+    }
+  }
+
+  // Where elements 4i .. 4i+3 of an activation row stand: a lane's eight are read as two float4, each next to its neighbours'.
+  static __device__ __forceinline__ int place(int i) {
+    if constexpr (kEach == 4) return i * 4;
+    return (i / 64 * 64 + i % 2 * 32 + i % 64 / 2) * 4;
+  }
+
+  __device__ __forceinline__ static float4 load4(const float *p, bool aligned) {
+    return aligned ? load_f32x4(p) : make_float4(p[0], p[1], p[2], p[3]);
+  }
+
+  // The sum over the block of each token's value, in every thread.
+  __device__ __forceinline__ static void block_sums(float (&sums)[kTokens], float *scratch) {
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+      const float sum = warp_sum(sums[t]);
+      if (threadIdx.x % 32 == 0) scratch[t * kWarps + warp] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+      sums[t] = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; w++) sums[t] += scratch[t * kWarps + w];
+    }
+  }
+
+  // The norm's weights of this thread's elements, constant and so loaded ahead.
+  struct Norm {
+    float4 weights[kNormVectors];
+    bool aligned;
+  };
+  __device__ __forceinline__ void load_norm(Norm &norm) const {
+    norm.aligned = (address_of(op.norm.weight) | address_of(op.norm.bias)) % 16 == 0;
+#pragma unroll
+    for (int j = 0; j < kNormVectors; j++) {
+      const int i = j * kDotThreads + threadIdx.x;
+      if (4 * i < op.K) norm.weights[j] = load4(op.norm.weight + 4 * i, norm.aligned);
+    }
+  }
+
+  // Activations to shared memory, zeros behind K and for tokens there are not. scratch: 2 * kTokens * kWarps.
+  __device__ __forceinline__ void fill_rows(const Norm &norm, float *scratch) const {
+    const bool aligned = is_aligned(op.x, 16);
+    float sums[kTokens] = {};
+#pragma unroll 2
+    for (int i = threadIdx.x; i < stride / 4; i += kDotThreads) {
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) {
+        const float *from = op.x + static_cast<int64_t>(t) * op.K + 4 * i;
+        float *to = rows + t * stride + place(i);
+        const bool valid = 4 * i < op.K && t < op.T;
+        if (aligned) {
+          cp_async16(to, from, valid);
+        } else {
+          store_f32x4(to, valid ? load4(from, false) : make_float4(0, 0, 0, 0));
+        }
+      }
+    }
+    cp_async_commit();
+    cp_async_wait<0>();  // a thread normalizes the elements it has copied itself
+    if constexpr (Op::kNorm) {
+      const bool center = op.norm.center;
+#pragma unroll 2
+      for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) {
+          const float4 v = load_f32x4(rows + t * stride + place(i));
+          if (center) {
+            sums[t] += v.x + v.y + v.z + v.w;
+          } else {
+            sums[t] = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sums[t]))));
+          }
+        }
+      }
+      float means[kTokens] = {};
+      if (center) {
+        block_sums(sums, scratch + kTokens * kWarps);
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) means[t] = sums[t] / static_cast<float>(op.K), sums[t] = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
+#pragma unroll
+          for (int t = 0; t < kTokens; t++) {
+            const float4 v = load_f32x4(rows + t * stride + place(i));
+            const float x = v.x - means[t], y = v.y - means[t], z = v.z - means[t], w = v.w - means[t];
+            sums[t] = fmaf(w, w, fmaf(z, z, fmaf(y, y, fmaf(x, x, sums[t]))));
+          }
+        }
+      }
+      block_sums(sums, scratch);
+      float factors[kTokens];
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) factors[t] = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
+#pragma unroll
+      for (int j = 0; j < kNormVectors; j++) {
+        const int i = j * kDotThreads + threadIdx.x;
+        if (4 * i < op.K) normalize(i, norm.weights[j], norm.aligned, means, factors);
+      }
+#pragma unroll 2
+      for (int i = kNormVectors * kDotThreads + threadIdx.x; 4 * i < op.K; i += kDotThreads)
+        normalize(i, load4(op.norm.weight + 4 * i, norm.aligned), norm.aligned, means, factors);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void normalize(int i, float4 weight, bool aligned, const float (&means)[kTokens], const float (&factors)[kTokens]) const {
+    const float4 bias = op.norm.bias != nullptr ? load4(op.norm.bias + 4 * i, aligned) : make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+      if (t >= op.T) break;
+      float *at = rows + t * stride + place(i);
+      const float4 v = load_f32x4(at);
+      store_f32x4(at, make_float4((v.x - means[t]) * factors[t] * weight.x + bias.x, (v.y - means[t]) * factors[t] * weight.y + bias.y,
+                                  (v.z - means[t]) * factors[t] * weight.z + bias.z, (v.w - means[t]) * factors[t] * weight.w + bias.w));
+    }
+  }
+
+  static __device__ __forceinline__ void unpack(uint4 v, float (&out)[kEach]) {
+    if constexpr (kEach == 4) {
+      out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y), out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+    } else {
+      unpack8<Element>(v, out);
+    }
+  }
+};
+
+template <class D, int kTokens, int kRows, class Op>
+__device__ __forceinline__ void dot(const Op &op) {
+  using Kernel = Dot<D, kTokens, kRows, Op>;
+  constexpr int kEach = Kernel::kEach, kStages = Kernel::kStages;
+  DYN_SHARED(unsigned char, shared);
+  SHARED(float, scratch, 2 * kTokens * Kernel::kWarps);
+  const Kernel kernel(op, shared);
+  const int lane = threadIdx.x % 32, stride = gridDim.x * Kernel::kWarps;
+  int group = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = 0;
+  int copied_group = group, copied = 0;  // what is copied next
+  const unsigned char *from[kRows];
+  kernel.find_rows(group, from);
+  const auto copy_next = [&](int stage) {
+    if (copied == kernel.steps) copied = 0, copied_group += stride, kernel.find_rows(copied_group, from);
+    kernel.copy(from, copied++, stage);
+  };
+#pragma unroll 1
+  for (int s = 0; s < kStages; s++) copy_next(s);
+  allow_next_launch();
+  kernel.prefetch(group, stride);
+  typename Kernel::Norm norm;
+  if constexpr (Op::kNorm) kernel.load_norm(norm);
+  wait_for_earlier_launches();
+  kernel.fill_rows(norm, scratch);
+
+  // The entry and token whose result this lane stores.
+  const int token = lane % kTokens, mine = lane / kTokens;
+  typename Op::Early early;
+  float sums[kRows][kTokens] = {};
+  int stage = 0;
+#pragma unroll 1
+  while (group < kernel.groups) {
+    const int entry = group * Kernel::kEntries + mine, unit = entry / kTileRows;
+    const bool has_result = mine < Kernel::kEntries && token < op.T && unit < op.num_units();
+    if (step == 0 && has_result) early = op.early(token, unit, entry % kTileRows);
+    cp_async_wait<kStages - 1>();
+    const unsigned char *weights = kernel.ring + stage * Kernel::kStageNbytes;
+    uint4 packed[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) packed[r] = load16(weights + r * 512);
+    copy_next(stage);
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+    const float *x = kernel.rows + step * Kernel::kStep + lane * 4;
+    float w[kRows][kEach];
+#pragma unroll
+    for (int r = 0; r < kRows; r++) Kernel::unpack(packed[r], w[r]);
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+#pragma unroll
+      for (int i = 0; i < kEach; i += 4) {
+        const float4 v = load_f32x4(x + t * kernel.stride + i * 32);
+#pragma unroll
+        for (int r = 0; r < kRows; r++)
+          sums[r][t] = fmaf(w[r][i + 3], v.w, fmaf(w[r][i + 2], v.z, fmaf(w[r][i + 1], v.y, fmaf(w[r][i], v.x, sums[r][t]))));
+      }
+    }
+    if (++step < kernel.steps) continue;
+    float result[Op::kUnit] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; r++) {
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) {
+        const float sum = warp_sum(sums[r][t]);
+        if (r / Op::kUnit == mine && t == token) result[r % Op::kUnit] = sum;
+        sums[r][t] = 0;
+      }
+    }
+    if (has_result) op.template store<D>(token, unit, entry % kTileRows, result, early);
+    step = 0;
+    group += stride;
+  }
+  cp_async_wait<0>();
+}
