@@ -139,7 +139,9 @@ def mma(op: str, dtype: str, T: int, K: int, tiles: int, workspace_nbytes: int, 
     shape = LARGE if fits and blocks >= device.num_sms else SMALL
     grid = (ceil_div(tiles * TILE_ROWS, shape.rows), ceil_div(T, shape.tokens), 1)
     smem_nbytes = shape.smem_nbytes(dtype)
-    return Launch(f"{op}__mma_{dtype}_{shape.name}", grid, (shape.threads, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
+    return Launch(
+        f"{op}__mma_{dtype}_{shape.name}", grid, (shape.threads, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True
+    )
 
 
 def rows(op: str, kind: str, T: int, workspace_nbytes: int) -> Launch:

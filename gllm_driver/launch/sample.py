@@ -27,6 +27,9 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     split = (min(ceil_div(vocab_size, TILE), MAX_BLOCKS), rows, 1)
     nbytes = rows * ROW_SCRATCH_NBYTES
     return [
-        *(Launch(f"sample__{n}", split, (SCAN_THREADS, 1, 1), 0, nbytes, overlaps=True) for n in ("scan", "histogram", "collect")),
+        *(
+            Launch(f"sample__{n}", split, (SCAN_THREADS, 1, 1), 0, nbytes, overlaps=True)
+            for n in ("scan", "histogram", "collect")
+        ),
         Launch("sample__choose", (rows, 1, 1), block, 0, nbytes, overlaps=True),
     ]
