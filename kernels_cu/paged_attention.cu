@@ -10,11 +10,13 @@ __device__ __forceinline__ int64_t only_query(const PagedAttentionArgs &, int se
 #define SPLIT(dtype, H, D)                                                                    \
   extern "C" __global__ void __launch_bounds__(SplitShape<D>::kThreads)                       \
       paged_attention__split_##dtype##_d##D(const __grid_constant__ PagedAttentionArgs a, void *scratch, unsigned *counters) { \
+    overlap_launches();                                                                       \
     split_attention<H, D>(a, scratch, counters);                                                        \
   }
 #define ROWS(max_dim)                                                                         \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                               \
       paged_attention__rows_split_d##max_dim(const __grid_constant__ PagedAttentionArgs a, void *scratch, unsigned *counters) { \
+    overlap_launches();                                                                       \
     split_rows<max_dim / 32>(a, scratch, counters);                                                     \
   }
 

@@ -134,39 +134,47 @@ def test_heads_get_the_same_bits_whatever_the_number_of_tokens(dtype: str, has_h
 WEIGHTS = ("wq", "wk", "wv")
 
 
-def of_linear(dtype: str, T: int, K: int, N: int, *, address: int = 256, cc: tuple[int, int] = (9, 0)) -> list[Launch]:
-    """The launches of a linear on an H200-like device; nothing is run."""
+H200_LIKE = DeviceProps(cc=(9, 0), num_sms=132, max_smem_optin=227 << 10)
+SMALLEST = DeviceProps(cc=(8, 6), num_sms=28, max_smem_optin=99 << 10)
+
+
+def of_linear(
+    dtype: str, T: int, K: int, N: int, *, address: int = 256, device: DeviceProps = H200_LIKE
+) -> list[Launch]:
+    """The launches of a linear; nothing is run."""
     tensors: dict[str, Tensor | None] = {
         "x": Tensor(256, (T, K), DTYPES["f32"]),
         "weight": Tensor(address, (N, K), DTYPES[dtype]),
         "out": Tensor(256, (T, N), DTYPES["f32"]),
     }
-    device = DeviceProps(cc=cc, num_sms=132, max_smem_optin=227 << 10)
     return launches("linear", CONTRACTS["linear"].bind(tensors), {"weight": dtype}, device, False)
 
 
 def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
-    for dtype in ("f16", "bf16", "q8_0", "q4_0"):
+    for dtype in ("f32", "f16", "bf16", "q8_0", "q4_0"):
         for N in (1024, 4096, 151_936):
             (launch,) = of_linear(dtype, 1, 3072, N)
-            assert launch.symbol == f"linear__gemv_{dtype}_p{3 if dtype == 'bf16' else 2}_m1"
+            is_float = not DTYPES[dtype].is_quantized
+            family = f"dot_{dtype}_t1_r{2 if N == 1024 else 4}" if is_float else f"gemv_{dtype}_p2_m1"
+            assert launch.symbol == f"linear__{family}"
             assert launch.grid[0] >= 128
             assert launch.smem_nbytes <= 99 << 10
+            assert launch.overlaps
 
 
 def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
     for dtype in ("f16", "bf16", "q8_0", "q4_0"):
         for T in (*range(1, 18), 64, 4096):
             for K in (64, 4096, 28_672):
-                assert all(launch.smem_nbytes <= 99 << 10 for launch in of_linear(dtype, T, K, 4096, cc=(8, 6)))
+                assert all(launch.smem_nbytes <= 99 << 10 for launch in of_linear(dtype, T, K, 4096, device=SMALLEST))
 
 
 def test_what_tensor_cores_cannot_take_goes_to_the_plain_kernel() -> None:
     for launch in (
-        of_linear("f32", 1, 64, 64),
+        of_linear("f32", 8, 64, 64),
         of_linear("f16", 1, 65, 64),
         of_linear("q8_0", 1, 64, 64, address=258),
-        of_linear("bf16", 1, 64, 64, cc=(7, 5)),
+        of_linear("bf16", 8, 64, 64, device=DeviceProps(cc=(7, 5), num_sms=40, max_smem_optin=64 << 10)),
     ):
         assert [one.symbol for one in launch] == ["linear__plain"]
 
@@ -176,6 +184,8 @@ def test_the_sources_have_the_numbers_the_launches_count_with() -> None:
     for said in (
         f"constexpr int kSegment = {products.SEGMENT};",
         f"constexpr int kRowThreads = {products.ROW_THREADS};",
+        f"constexpr int kDotThreads = {products.DOT_THREADS};",
+        f"constexpr int kDotRingNbytes = {products.DOT_RING_NBYTES >> 10} << 10;",
         f"constexpr int kMaxGemvTokens = {products.MAX_GEMV_TOKENS};",
         f"constexpr int kPanelNbytes = {products.PANEL_NBYTES >> 10} << 10;",
         f"constexpr int kPlainThreads = {products.PLAIN_THREADS};",
