@@ -137,9 +137,9 @@ struct Qkv {
 
   // Turn (u, v) by an angle.
   static __device__ __forceinline__ void rotate(float c, float s, float &u, float &v) {
-    const float x0 = u;
-    u = x0 * c - v * s;
-    v = v * c + x0 * s;
+    const float x0 = u;  // fmaf by name: every kernel must get the same bits
+    u = fmaf(x0, c, -(v * s));
+    v = fmaf(v, c, x0 * s);
   }
 
   __device__ __forceinline__ void plain(int n, const float *rows, int first, int tokens) const {
