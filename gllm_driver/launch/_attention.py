@@ -122,6 +122,6 @@ def split_launches(cache: Cache, device: DeviceProps, deterministic: bool) -> li
     else:
         symbol, warps, smem = cache.rows_symbol("rows_split"), ROWS_WARPS, rows_smem_nbytes(cache.Dh)
     grid = (splits, cache.head_groups, cache.S)
-    counters = cache.head_groups * cache.S
     overlaps = cache.op == "paged_attention"
-    return [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace, counters, overlaps)]
+    num_counters = cache.head_groups * cache.S
+    return [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace, overlaps, num_counters)]

@@ -29,6 +29,7 @@ DOT_RING_NBYTES = 8 << 10  # of a warp
 DOT_STATIC_NBYTES = 1024  # the most its kernels have besides
 DOT_STEP = {"f32": 128, "f16": 256, "bf16": 256}  # elements of a row a warp copies at once
 MAX_DOT_TOKENS = 4
+MAX_GEMV_FLOAT_TOKENS = 2  # more take less time on large tiles
 RING_STAGES = {"f16": 3, "bf16": 3, "q8_0": 4, "q4_0": 4}
 
 
@@ -51,6 +52,7 @@ class GemmShape:
 
 LARGE = GemmShape(128, 128, 256, 3)
 SMALL = GemmShape(64, 64, 128, 4)
+FEW = (GemmShape(16, 32, 128, 10), GemmShape(32, 32, 128, 8))  # for float weights: more blocks, more of them under way
 
 
 def half_of(dtype: str) -> str:
@@ -93,11 +95,16 @@ def dot(
     return Launch(name, (grid, 1, 1), (DOT_THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
 
 
+def takes_gemv(dtype: str, T: int, deterministic: bool) -> bool:
+    """Whether weights of a dtype, which tensor cores can take, are multiplied by gemv rather than mma."""
+    if DTYPES[dtype].is_quantized:
+        return T <= MAX_GEMV_TOKENS
+    return deterministic and T <= MAX_GEMV_FLOAT_TOKENS
+
+
 def gemv_planes(dtype: str, T: int, deterministic: bool) -> int:
     """16-bit rows per token: enough for f32 activations, but one if results may not depend on the number of tokens."""
-    if deterministic:
-        return 1
-    return 3 if dtype == "bf16" and T <= 10 else 2  # beyond, a third row per token would not fit beside the others
+    return 1 if deterministic or not DTYPES[dtype].is_quantized else 2
 
 
 def gemv(
@@ -137,6 +144,8 @@ def mma(op: str, dtype: str, T: int, K: int, tiles: int, workspace_nbytes: int, 
     blocks = ceil_div(T, LARGE.tokens) * ceil_div(tiles * TILE_ROWS, LARGE.rows)
     fits = LARGE.smem_nbytes(dtype) <= device.max_smem_optin and DTYPES[dtype].row_nbytes(K) % 16 == 0
     shape = LARGE if fits and blocks >= device.num_sms else SMALL
+    if not DTYPES[dtype].is_quantized:
+        shape = next((few for few in FEW if few.tokens >= T), shape)
     grid = (ceil_div(tiles * TILE_ROWS, shape.rows), ceil_div(T, shape.tokens), 1)
     smem_nbytes = shape.smem_nbytes(dtype)
     return Launch(

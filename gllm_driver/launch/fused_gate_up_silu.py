@@ -26,7 +26,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     if is_mixed or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, F, scratch)]
-    if T <= products.MAX_GEMV_TOKENS:
+    if products.takes_gemv(dtype, T, deterministic):
         return [products.gemv(OP, dtype, T, D, units, 2, device, deterministic)]
     scratch = products.prepared_nbytes(T, D)
     return [

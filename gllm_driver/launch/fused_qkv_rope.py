@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..types import DTYPES
 from . import _products as products
 from .base import DeviceProps, Launch, ceil_div
 
@@ -33,19 +34,32 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
     # the products' epilogue cannot finish such heads
     finish = [place] if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS else []
-    dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
-    if not deterministic and all(dots):
-        return [dot for dot in dots if dot] + finish
+    if not deterministic:
+        few = [few_tokens(of_kind(weights, kind), T, D, units, device, raw) for kind in kinds]
+        if all(few):
+            return [launch for launch in few if launch] + finish
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
-    if T <= products.MAX_GEMV_TOKENS:
+    if all(products.takes_gemv(kind, T, deterministic) for kind in kinds):
         found = [products.gemv(OP, kind, T, D, units, 2, device, deterministic, raw) for kind in kinds]
     else:
         scratch = raw + products.prepared_nbytes(T, D)
         found = [products.rows(OP, halves.pop(), T, scratch)]
         found += [products.mma(OP, kind, T, D, 2 * units, scratch, device) for kind in kinds]
     return found + finish
+
+
+def few_tokens(
+    weights: list[tuple[str, int]], T: int, D: int, units: int, device: DeviceProps, raw: int
+) -> Launch | None:
+    """The product with the weights of one dtype, exact; None where there are too many tokens."""
+    dtype = weights[0][0]
+    if not DTYPES[dtype].is_quantized:
+        return products.dot(OP, weights, T, D, units, 2, device, raw)
+    if products.takes_gemv(dtype, T, False) and products.on_tensor_cores(weights, D, device):
+        return products.gemv(OP, dtype, T, D, units, 2, device, False, raw)
+    return None
 
 
 def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:

@@ -21,7 +21,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return [dot]
     if not products.on_tensor_cores(weights, K, device):
         return [products.plain("linear", T, N)]
-    if T <= products.MAX_GEMV_TOKENS:
+    if products.takes_gemv(dtype, T, deterministic):
         return [products.gemv("linear", dtype, T, K, tiles, 1, device, deterministic)]
     scratch = products.prepared_nbytes(T, K)
     return [

@@ -2,8 +2,10 @@
 //
 // A warp computes the dot products of kRows weight rows, each lane taking 16 bytes of every 512 of a row. Weights pass through
 // a ring in shared memory, kStages steps of kRows * 512 bytes per warp, always under way; a lane reads what it has copied
-// itself, so there is no barrier. The first copies, a prefetch of what follows into L2 and the norm's weights start before the
-// launch waits for the one before it. Activations stand in shared memory in f32, normalized once per block.
+// itself, so there is no barrier. The first copies and a prefetch of what follows into L2 start before the launch waits for the
+// one before it. Activations stand in shared memory in f32, times the norm's weights; a row's 1 / rms multiplies results.
+//
+// The next launch is let in when the last copies are under way: its first ones keep memory busy while this one drains.
 //
 // An output is summed in one order whatever the number of tokens. `Op` as in gemv.cuh; a warp's rows are entries of a unit, all
 // kUnit rows whose results are stored together.
@@ -16,7 +18,6 @@ constexpr int kDotThreads = 256;
 constexpr int kDotBlocks = 2;           // of a multiprocessor: this launch's and the next one's
 constexpr int kDotRingNbytes = 8 << 10;  // of a warp
 constexpr int kPrefetchNbytes = 4 << 10;  // of a row in flight, from its start
-constexpr int kNormVectors = 2;        // float4 of the norm's weights that a thread keeps while it waits
 
 template <class D, int kTokens, int kRows, class Op>
 struct Dot {
@@ -25,6 +26,7 @@ struct Dot {
   static constexpr int kEach = 16 / sizeof(Element);  // weights of a copy
   static constexpr int kStep = 32 * kEach;            // elements of a row that a warp copies at once
   static constexpr int kStageNbytes = kRows * 512, kStages = kDotRingNbytes / kStageNbytes;
+  static constexpr int kAhead = (Op::kNorm ? 4 : 8) / kTokens;  // loads of activations under way, per thread and token
   static constexpr int kEntries = kRows / Op::kUnit;  // of a group, the rows a warp works on at a time
 
   const Op &op;
@@ -63,6 +65,7 @@ struct Dot {
   // Weights of this warp that the first loads leave out.
   __device__ __forceinline__ void prefetch(int group, int step) const {
     const int nbytes = op.K * static_cast<int>(sizeof(Element)), i = threadIdx.x % 32;
+    if (Op::kNorm && threadIdx.x == 0 && is_aligned(op.norm.weight, 16)) prefetch_l2(op.norm.weight, op.K * 4);
     if (i >= kRows) return;
     for (int left = kPrefetchNbytes; left > 0 && group < groups; group += step, left -= nbytes) {
       const unsigned char *row = row_of(group, i);
@@ -97,94 +100,93 @@ struct Dot {
     }
   }
 
-  // The norm's weights of this thread's elements, constant and so loaded ahead.
-  struct Norm {
-    float4 weights[kNormVectors];
-    bool aligned;
-  };
-  __device__ __forceinline__ void load_norm(Norm &norm) const {
-    norm.aligned = (address_of(op.norm.weight) | address_of(op.norm.bias)) % 16 == 0;
-#pragma unroll
-    for (int j = 0; j < kNormVectors; j++) {
-      const int i = j * kDotThreads + threadIdx.x;
-      if (4 * i < op.K) norm.weights[j] = load4(op.norm.weight + 4 * i, norm.aligned);
-    }
-  }
-
-  // Activations to shared memory, zeros behind K and for tokens there are not. scratch: 2 * kTokens * kWarps.
-  __device__ __forceinline__ void fill_rows(const Norm &norm, float *scratch) const {
-    const bool aligned = is_aligned(op.x, 16);
+  // Activations to shared memory, zeros behind K and for tokens there are not; `factors` multiply results.
+  __device__ __forceinline__ void fill_rows(float *scratch, float (&factors)[kTokens]) const {
+    const bool has_weights = Op::kNorm && !op.norm.center && op.norm.bias == nullptr;
+    const bool aligned = (address_of(op.x) | address_of(op.norm.weight)) % 16 == 0;
     float sums[kTokens] = {};
-#pragma unroll 2
-    for (int i = threadIdx.x; i < stride / 4; i += kDotThreads) {
+#pragma unroll 1
+    for (int first = threadIdx.x; first < stride / 4; first += kAhead * kDotThreads) {
+      float4 values[kAhead][kTokens], weights[kAhead];
 #pragma unroll
-      for (int t = 0; t < kTokens; t++) {
-        const float *from = op.x + static_cast<int64_t>(t) * op.K + 4 * i;
-        float *to = rows + t * stride + place(i);
-        const bool valid = 4 * i < op.K && t < op.T;
-        if (aligned) {
-          cp_async16(to, from, valid);
-        } else {
-          store_f32x4(to, valid ? load4(from, false) : make_float4(0, 0, 0, 0));
-        }
-      }
-    }
-    cp_async_commit();
-    cp_async_wait<0>();  // a thread normalizes the elements it has copied itself
-    if constexpr (Op::kNorm) {
-      const bool center = op.norm.center;
-#pragma unroll 2
-      for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
+      for (int j = 0; j < kAhead; j++) {
+        const int k = (first + j * kDotThreads) * 4;
+        weights[j] = make_float4(1, 1, 1, 1);
+        if (has_weights && k < op.K) weights[j] = load4(op.norm.weight + k, aligned);
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
-          const float4 v = load_f32x4(rows + t * stride + place(i));
-          if (center) {
-            sums[t] += v.x + v.y + v.z + v.w;
-          } else {
-            sums[t] = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sums[t]))));
-          }
+          values[j][t] = make_float4(0, 0, 0, 0);
+          if (k < op.K && t < op.T) values[j][t] = load4(op.x + static_cast<int64_t>(t) * op.K + k, aligned);
         }
       }
-      float means[kTokens] = {};
-      if (center) {
-        block_sums(sums, scratch + kTokens * kWarps);
 #pragma unroll
-        for (int t = 0; t < kTokens; t++) means[t] = sums[t] / static_cast<float>(op.K), sums[t] = 0;
+      for (int j = 0; j < kAhead; j++) {
+        const int i = first + j * kDotThreads;
+        if (i >= stride / 4) break;
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) {
+          const float4 v = values[j][t], w = weights[j];
+          sums[t] = squares(v, sums[t]);
+          store_f32x4(rows + t * stride + place(i), make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w));
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) factors[t] = 1.f;
+    if (has_weights) {
+      block_sums(sums, scratch);
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) factors[t] = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
+    } else if constexpr (Op::kNorm) {
+      normalize(sums, scratch);
+    }
+    if (!has_weights) __syncthreads();
+  }
+
+  static __device__ __forceinline__ float squares(float4 v, float sum) {
+    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
+  }
+
+  // Rows of a norm with a bias or a mean, in place; a thread changes what it has written itself. `squares_of`: as they are.
+  __device__ __forceinline__ void normalize(const float (&squares_of)[kTokens], float *scratch) const {
+    const bool aligned = (address_of(op.norm.weight) | address_of(op.norm.bias)) % 16 == 0;
+    float means[kTokens] = {}, sums[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) sums[t] = squares_of[t];
+    if (op.norm.center) {
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) {
+        sums[t] = 0;
 #pragma unroll 1
         for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
-#pragma unroll
-          for (int t = 0; t < kTokens; t++) {
-            const float4 v = load_f32x4(rows + t * stride + place(i));
-            const float x = v.x - means[t], y = v.y - means[t], z = v.z - means[t], w = v.w - means[t];
-            sums[t] = fmaf(w, w, fmaf(z, z, fmaf(y, y, fmaf(x, x, sums[t]))));
-          }
+          const float4 v = load_f32x4(rows + t * stride + place(i));
+          sums[t] += v.x + v.y + v.z + v.w;
         }
       }
       block_sums(sums, scratch);
-      float factors[kTokens];
 #pragma unroll
-      for (int t = 0; t < kTokens; t++) factors[t] = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
-#pragma unroll
-      for (int j = 0; j < kNormVectors; j++) {
-        const int i = j * kDotThreads + threadIdx.x;
-        if (4 * i < op.K) normalize(i, norm.weights[j], norm.aligned, means, factors);
+      for (int t = 0; t < kTokens; t++) {
+        means[t] = sums[t] / static_cast<float>(op.K), sums[t] = 0;
+#pragma unroll 1
+        for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
+          const float4 v = load_f32x4(rows + t * stride + place(i));
+          sums[t] = squares(make_float4(v.x - means[t], v.y - means[t], v.z - means[t], v.w - means[t]), sums[t]);
+        }
       }
-#pragma unroll 2
-      for (int i = kNormVectors * kDotThreads + threadIdx.x; 4 * i < op.K; i += kDotThreads)
-        normalize(i, load4(op.norm.weight + 4 * i, norm.aligned), norm.aligned, means, factors);
     }
-    __syncthreads();
-  }
-
-  __device__ __forceinline__ void normalize(int i, float4 weight, bool aligned, const float (&means)[kTokens], const float (&factors)[kTokens]) const {
-    const float4 bias = op.norm.bias != nullptr ? load4(op.norm.bias + 4 * i, aligned) : make_float4(0, 0, 0, 0);
+    block_sums(sums, scratch + kTokens * kWarps);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       if (t >= op.T) break;
-      float *at = rows + t * stride + place(i);
-      const float4 v = load_f32x4(at);
-      store_f32x4(at, make_float4((v.x - means[t]) * factors[t] * weight.x + bias.x, (v.y - means[t]) * factors[t] * weight.y + bias.y,
-                                  (v.z - means[t]) * factors[t] * weight.z + bias.z, (v.w - means[t]) * factors[t] * weight.w + bias.w));
+      const float factor = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
+#pragma unroll 1
+      for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
+        float *at = rows + t * stride + place(i);
+        const float4 w = load4(op.norm.weight + 4 * i, aligned), v = load_f32x4(at);
+        const float4 bias = op.norm.bias != nullptr ? load4(op.norm.bias + 4 * i, aligned) : make_float4(0, 0, 0, 0);
+        store_f32x4(at, make_float4((v.x - means[t]) * factor * w.x + bias.x, (v.y - means[t]) * factor * w.y + bias.y,
+                                    (v.z - means[t]) * factor * w.z + bias.z, (v.w - means[t]) * factor * w.w + bias.w));
+      }
     }
   }
 
@@ -212,18 +214,21 @@ __device__ __forceinline__ void dot(const Op &op) {
   const auto copy_next = [&](int stage) {
     if (copied == kernel.steps) copied = 0, copied_group += stride, kernel.find_rows(copied_group, from);
     kernel.copy(from, copied++, stage);
+    if (copied == kernel.steps && copied_group < kernel.groups && copied_group + stride >= kernel.groups) allow_next_launch();
   };
 #pragma unroll 1
   for (int s = 0; s < kStages; s++) copy_next(s);
-  allow_next_launch();
   kernel.prefetch(group, stride);
-  typename Kernel::Norm norm;
-  if constexpr (Op::kNorm) kernel.load_norm(norm);
   wait_for_earlier_launches();
-  kernel.fill_rows(norm, scratch);
+  float factors[kTokens], factor = 1.f;
+  kernel.fill_rows(scratch, factors);
 
   // The entry and token whose result this lane stores.
   const int token = lane % kTokens, mine = lane / kTokens;
+#pragma unroll
+  for (int t = 0; t < kTokens; t++) {
+    if (t == token) factor = factors[t];
+  }
   typename Op::Early early;
   float sums[kRows][kTokens] = {};
   int stage = 0;
@@ -260,7 +265,7 @@ __device__ __forceinline__ void dot(const Op &op) {
 #pragma unroll
       for (int t = 0; t < kTokens; t++) {
         const float sum = warp_sum(sums[r][t]);
-        if (r / Op::kUnit == mine && t == token) result[r % Op::kUnit] = sum;
+        if (r / Op::kUnit == mine && t == token) result[r % Op::kUnit] = sum * factor;
         sums[r][t] = 0;
       }
     }

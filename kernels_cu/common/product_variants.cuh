@@ -9,12 +9,7 @@
 // name, type, planes, tiles of 16 activation rows. One plane is for deterministic mode.
 #define GEMV_VARIANTS(X) \
   X(f16, F16, 1, 1)      \
-  X(f16, F16, 2, 1)      \
-  X(f16, F16, 2, 2)      \
   X(bf16, BF16, 1, 1)    \
-  X(bf16, BF16, 3, 1)    \
-  X(bf16, BF16, 3, 2)    \
-  X(bf16, BF16, 2, 2)    \
   X(q8_0, Q8_0, 1, 1)    \
   X(q8_0, Q8_0, 2, 1)    \
   X(q8_0, Q8_0, 2, 2)    \
@@ -24,6 +19,10 @@
 
 // name, type, tokens and weight rows of a block, warps along each, stages, whether rows must start at multiples of 16 bytes
 #define MMA_VARIANTS(X)                   \
+  X(f16, F16, 16, 32, 1, 4, 10, true)     \
+  X(f16, F16, 32, 32, 1, 4, 8, true)      \
+  X(bf16, BF16, 16, 32, 1, 4, 10, true)   \
+  X(bf16, BF16, 32, 32, 1, 4, 8, true)    \
   X(f16, F16, 128, 128, 2, 4, 3, true)    \
   X(f16, F16, 64, 64, 2, 2, 4, false)     \
   X(bf16, BF16, 128, 128, 2, 4, 3, true)  \
