@@ -146,8 +146,12 @@ def upload(
             f"{size_text(device.total_nbytes)}: use a smaller or quantized model, or the CPU"
         )
     slab = reserve(device, total, "the weights")
-    bad = _copy(runtime, slab, parts, sizes, num_rows, lambda done: progress(min(done, total), total))
-    _raise_if_bad(bad, parts, model.path)
+    try:
+        bad = _copy(runtime, slab, parts, sizes, num_rows, lambda done: progress(min(done, total), total))
+        _raise_if_bad(bad, parts, model.path)
+    except BaseException:
+        slab.free()  # the error may be looked at for long
+        raise
     placed: dict[str, Tensor] = {}
     for slot, (group, index) in slots.items():
         item = group.items[index]

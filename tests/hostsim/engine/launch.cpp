@@ -162,9 +162,35 @@ class Workers {
 
 Registered::Registered(Kernel k) : kernel(k), next(registered) { registered = this; }
 
+// Engines of threads that launch now and then, and may end: their stacks take much address space, so others use them next.
+struct IdleEngines {
+  std::mutex mutex;
+  std::vector<Engine *> engines;
+};
+static IdleEngines &idle_engines() {
+  static auto *idle = new IdleEngines;
+  return *idle;
+}
+
+static void let_engine_go() {
+  IdleEngines &idle = idle_engines();
+  std::lock_guard<std::mutex> lock(idle.mutex);
+  idle.engines.push_back(engine);
+  engine = nullptr;
+}
+
 Engine *this_threads_engine() {
   if (engine) return engine;
   prepare_fault_stack();
+  {
+    IdleEngines &idle = idle_engines();
+    std::lock_guard<std::mutex> lock(idle.mutex);
+    if (!idle.engines.empty()) {
+      engine = idle.engines.back();
+      idle.engines.pop_back();
+      return engine;
+    }
+  }
   engine = new Engine;
   engine->fibers = new Fiber[kMaxThreads]();
   engine->warps = new Warp[kMaxWarps]();
@@ -251,6 +277,7 @@ bool launch(const Kernel &kernel, dim3 grid, dim3 block, size_t shared_nbytes, v
     work();
   else
     workers->run(n, work);
+  let_engine_go();
   return !failed;
 }
 
