@@ -19,7 +19,7 @@ import click
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-SECTIONS = ("device", "copy", "decode", "ops", "prefill", "batch", "load", "cold", "attention")
+SECTIONS = ("device", "copy", "decode", "ops", "prefill", "batch", "swap", "load", "cold", "attention")
 DTYPES = ("bf16", "f16", "q8_0", "q4_0")
 
 

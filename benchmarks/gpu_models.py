@@ -19,7 +19,7 @@ from gllm_driver.models.rope import rope_inv_freq
 from gllm_driver.quant.formats import FORMATS
 from gllm_driver.types import DTYPES, DType, Tensor
 
-_LLAMA_8B = Arch("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 131_072, 1e-5, 500_000.0, rotary_dim=128)
+_LLAMA_8B = Arch("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 131_072, norm_eps=1e-5, rope_theta=5e5, rotary_dim=128)
 ARCHS = {
     "0.6b": replace(  # Qwen3-0.6B
         _LLAMA_8B,

@@ -20,7 +20,7 @@ from gpu_models import ARCHS, DeviceArrays, copy_bandwidth, random_model, read_n
 import gllm_driver as gllm
 from gllm_driver.backends.base import DecodeRow, KvCacheHandle, ModelWeights, WeightsHandle
 from gllm_driver.backends.cuda import CudaBackend
-from gllm_driver.config import SamplingConfig
+from gllm_driver.config import KvCacheConfig, SamplingConfig
 from gllm_driver.driver import probe
 from gllm_driver.errors import GllmError
 from gllm_driver.types import DTYPES, BatchInput, SequenceInput, Tensor
@@ -127,13 +127,9 @@ def _decode_row(
     program = loop.decoder.program  # type: ignore[attr-defined]
     for _ in range(3):
         loop.step()
-    before, found = backend.traffic(), []
-    for _ in range(steps):
-        start = time.perf_counter()
-        loop.step()
-        found.append(time.perf_counter() - start)
+    before = backend.traffic()
+    step = _median_seconds(loop.step, steps)
     moved = backend.traffic()
-    step = statistics.median(found)
     graph = seconds_of(backend, program.replay, 5)
     kv_nbytes = kv.config.page_nbytes // 16 * context
     rate = (read_nbytes(weights) + kv_nbytes) / step
@@ -142,6 +138,39 @@ def _decode_row(
         f"{name:<22}{context:8}{1 / step:9.1f}{step * 1e6:9.1f}{graph * 1e6:9.1f}{rate / 1e9:8.0f}{rate / peak:8.1%}"
         f"{len(program.symbols):8}   {traffic:.0f} bytes/step over the bus"
     )
+
+
+def _median_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Wall time of a call that waits for its own result."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def swap(settings: Settings) -> None:
+    """KV pages to host slots and back, alone and while four sequences decode; a page of the 8B shape is 2.4 MB."""
+    backend = settings.open()
+    config = KvCacheConfig(200, 36, 8, 128, 16, "bf16")
+    kv = backend.alloc_kv_cache(config)
+    count = 32 if settings.quick else 64
+    backend.alloc_swap_space(kv, count)
+    for what, pages in (("in a row", range(count)), ("scattered", range(0, 3 * count, 3))):
+        for _ in range(2):
+            backend.swap_out_pages(kv, pages, range(count))
+            backend.swap_in_pages(kv, range(count), pages)
+            backend.copy_pages_to_host(kv, [0])  # after the copies
+        stats = backend.swap_stats(kv)
+        say(f"{count} pages {what}: {stats.gb_per_s_out:.1f} GB/s out, {stats.gb_per_s_in:.1f} GB/s in, so far")
+    start = time.perf_counter()
+    data = backend.copy_pages_to_host(kv, range(count))
+    middle = time.perf_counter()
+    backend.copy_pages_from_host(kv, range(count), data)
+    rates = [data.nbytes / s / 1e9 for s in (middle - start, time.perf_counter() - middle)]
+    say(f"{count} pages as an array: {rates[0]:.1f} GB/s to the host, {rates[1]:.1f} GB/s from it")
+    backend.close()
 
 
 def prefill(settings: Settings) -> None:
@@ -163,10 +192,11 @@ def prefill(settings: Settings) -> None:
 
 
 def batch(settings: Settings) -> None:
-    """Decode steps of several sequences at once, each from its own 512 tokens of context."""
+    """Decode steps of several sequences, each from its own 512 tokens of context: single steps, and loops."""
     backend = settings.open()
-    say(f"{'model':<22}{'seqs':>6}{'tok/s':>10}{'step us':>9}")
-    pages = -(-520 // 16)
+    say(f"{'model':<22}{'seqs':>6}{'tok/s':>10}{'step us':>9}{'in a loop':>11}{'step us':>9}")
+    steps = 10 if settings.quick else 50
+    pages = -(-(512 + steps + 8) // 16)
     sizes = (4,) if settings.quick else (1, 4, 8, 16, 32, 64)
 
     def rows(name: str, weights: WeightsHandle, kv: KvCacheHandle) -> None:
@@ -175,7 +205,11 @@ def batch(settings: Settings) -> None:
             work = partial(backend.batch_forward_gpu_pure, weights, kv, BatchInput(sequences))
             work()  # the second time makes the graph
             seconds = seconds_of(backend, work, settings.repeats)
-            say(f"{name:<22}{size:6}{size / seconds:10.0f}{seconds * 1e6:9.1f}")
+            loop = backend.start_decode(weights, kv, [DecodeRow(3, 512, s.pages, SamplingConfig()) for s in sequences])
+            step = _median_seconds(loop.step, steps)
+            loop.close()
+            rates = f"{size / seconds:10.0f}{seconds * 1e6:9.1f}{size / step:11.0f}{step * 1e6:9.1f}"
+            say(f"{name:<22}{size:6}{rates}")
 
     each_model(settings, backend, max(sizes) * pages * 16, rows)
     backend.close()
@@ -244,7 +278,7 @@ def load(settings: Settings) -> None:
         int(mapped[::1, 0].astype(np.int32).sum())  # into the page cache and this process's tables
         rows = len(mapped) // 8
         tensors = {f"t{i}": Tensor.from_numpy(mapped[i * rows : (i + 1) * rows]) for i in range(8)}
-        for dtype in ("auto", "bf16"):
+        for dtype in ("auto", "auto", "bf16"):
             model = ModelWeights(tensors, {}, file.name, {}, 1, lambda *_: None)
             start = time.perf_counter()
             handle = backend.upload_weights(model, dtype=dtype)
@@ -279,6 +313,7 @@ SECTIONS: dict[str, Callable[[Settings], None]] = {
     "ops": ops,
     "prefill": prefill,
     "batch": batch,
+    "swap": swap,
     "load": load,
     "cold": cold,
 }

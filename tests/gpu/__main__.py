@@ -23,7 +23,7 @@ def commands(group: str) -> list[tuple[str, list[str]]]:
     if group == "driver":
         return [("driver", ["tests/driver"])]
     if group == "e2e":
-        return [("e2e", ["tests/e2e/test_cuda_generation.py"])]
+        return [(f"e2e {name}", [f"tests/e2e/test_cuda_{name}.py"]) for name in ("generation", "batches", "upload")]
     from gllm_driver.ops import CONTRACTS
 
     return [(f"ops {op}", ["tests/gpu/test_gpu_parity.py", "-k", f"test_parity and {op}-"]) for op in CONTRACTS]
