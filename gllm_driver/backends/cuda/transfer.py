@@ -84,15 +84,11 @@ class Transfer:
         self._stream: Stream = device.stream()
         self._copied: Event | None = None
         count = min(MAX_WORKERS, os.cpu_count() or 1, max(len(self._pieces), 1))
-        self._threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(count)]
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Transfer:
-        nbytes = max((piece.nbytes for _, piece in self._pieces), default=1)
         try:
             self._copied = self._device.event()
-            for _ in range(BUFFERS_PER_WORKER * len(self._threads)):
-                buffer = self._device.pinned(nbytes)
-                self._buffers.append((buffer, self._device.event()))
             for thread in self._threads:
                 thread.start()
         except BaseException:
@@ -122,16 +118,26 @@ class Transfer:
             self._stream.wait(after)
         gate.set()
 
-    def _work(self, worker: int) -> None:
-        own = self._buffers[worker :: len(self._threads)]
+    def _buffer(self) -> tuple[PinnedBuffer, Event]:
+        """A new one: pinning memory takes longer than filling it, so each thread does it while others copy."""
+        buffer = self._device.pinned(max(piece.nbytes for _, piece in self._pieces))
+        event = self._device.event()
+        with self._lock:
+            self._buffers.append((buffer, event))
+        return buffer, event
+
+    def _work(self) -> None:
+        own: list[tuple[PinnedBuffer, Event]] = []
         try:
             with self._device:
                 for turn in itertools.count():
                     number = next(self._next)
                     if self._stopped or number >= len(self._pieces):
                         return
-                    buffer, copied = own[turn % len(own)]
-                    if turn >= len(own):
+                    if turn < BUFFERS_PER_WORKER:
+                        own.append(self._buffer())
+                    buffer, copied = own[turn % BUFFERS_PER_WORKER]
+                    if turn >= BUFFERS_PER_WORKER:
                         copied.synchronize()
                     index, piece = self._pieces[number]
                     _fill(buffer.address, piece)
