@@ -7,10 +7,14 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..driver import probe
 from ..errors import BackendUnavailableError, RequestError
 from .base import Backend, Progress
+
+if TYPE_CHECKING:
+    from .footprint import Scratch
 
 log = logging.getLogger("gllm_driver.backends")
 
@@ -88,6 +92,17 @@ def computed_weights() -> dict[str, tuple[str, ...]]:
     return {"cpu": CpuBackend.weight_dtypes, "cuda": WEIGHT_DTYPES}
 
 
+def scratch_of(kind: str) -> Scratch:
+    """What an op's call takes of scratch memory on a kind of device."""
+    if kind == "cpu":
+        from .cpu.footprint import scratch
+
+        return scratch
+    from .footprint import cuda_scratch
+
+    return cuda_scratch
+
+
 def _cuda() -> list[DeviceInfo]:
     """Every NVIDIA GPU, or one entry that says why there is none."""
     found = []
@@ -105,8 +120,13 @@ def _missing(kind: str) -> str:
     return f"no such device, there are {', '.join(info.name for info in named)}"
 
 
+def num_processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cpu() -> DeviceInfo:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = num_processors()
     description = f"{_cpu_model()}, {count} processor{'s' if count > 1 else ''} for this process"
     machine = platform.machine().lower()
     if machine in ("x86_64", "amd64", "aarch64", "arm64"):

@@ -25,20 +25,29 @@ PACKAGES = ("numpy", "numba", "llvmlite", "cuda-bindings", "tokenizers", "safete
 
 @click.command(epilog=EXIT_CODES, short_help="List devices and versions, describe a model.")
 @click.option("--model", type=TextType(), metavar="M", help="Describe this model too; a hub id is downloaded first.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Say what memory the model needs with room for N tokens; nothing is reserved.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the log.")
 @guarded
-def info(*, model: str | None, as_json: bool, debug: bool) -> None:
+def info(*, model: str | None, context: int | None, as_json: bool, debug: bool) -> None:
     """List the devices, why each can or cannot be used, and the versions; with --model, describe a model."""
     console: Console = click.get_current_context().obj
     console.configure(quiet=False, debug=debug)
+    if context is not None and model is None:
+        raise click.UsageError("--context needs --model: it says what that model takes")
     facts = _installation()
     if model is not None:
         from ..loaders.open import open_checkpoint
 
-        facts["model"] = describe(
-            open_checkpoint(model, progress=None if console.interactive else False, describe_only=True)
-        )
+        checkpoint = open_checkpoint(model, progress=None if console.interactive else False, describe_only=True)
+        facts["model"] = describe(checkpoint)
+        if context is not None:
+            facts["model"]["memory"] = memory(checkpoint, context)
     with console.printing() as output:
         output.write(json.dumps(facts, ensure_ascii=False) if as_json else "\n".join(_lines(facts)))
         output.end_line()
@@ -94,6 +103,25 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
+def memory(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
+    """Bytes that one sequence of `context` tokens takes on each kind of device: weights, KV cache, workspace."""
+    from ..backends.footprint import Sizes, footprint
+    from ..backends.select import computed_weights, num_processors, scratch_of
+    from ..config import KvCacheConfig
+    from ..llm import CPU_IDLE_CHUNK, CUDA_IDLE_CHUNK, PAGE_SIZE, default_kv_dtype
+    from ..models.decoder import model_weights
+
+    arch, model = checkpoint.arch, model_weights(checkpoint, context)
+    dtype = default_kv_dtype(checkpoint)
+    kv = KvCacheConfig(-(-context // PAGE_SIZE), arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, dtype)
+    found: dict[str, Any] = {"context_length": context}
+    for kind, chunk in (("cpu", CPU_IDLE_CHUNK), ("cuda", CUDA_IDLE_CHUNK)):
+        sizes = Sizes(kv, arch.vocab_size, chunk, num_processors())
+        need = footprint(model, sizes, computed_weights()[kind], scratch_of(kind))
+        found[kind] = {**asdict(need), "total": need.total}
+    return found
+
+
 def _computation(dtype: DType) -> dict[str, Any]:
     """How dense a stored type is, and what each kind of device computes with: "native", or what it repacks it to."""
     from ..backends.select import computed_weights
@@ -131,7 +159,22 @@ def _model_lines(model: dict[str, Any]) -> list[str]:
         f"  vocabulary  {model['vocab_size']:,} tokens",
         f"  context     {model['context_length']:,} tokens",
         f"  KV cache    {_size(model['kv_nbytes_per_token'])} per token ({model['kv_dtype']})",
+        *(_memory_lines(model["memory"], model["context_length"]) if "memory" in model else ()),
     ]
+
+
+def _memory_lines(memory: dict[str, Any], made_for: int) -> list[str]:
+    context = memory["context_length"]
+    beyond = f" (more than the {made_for:,} it was made for)" if context > made_for else ""
+    lines = [f"  memory for {context:,} tokens{beyond}"]
+    for kind in ("cpu", "cuda"):
+        need = memory[kind]
+        parts = ", ".join(f"{name} {_size(need[key])}" for key, name in _PARTS.items())
+        lines.append(f"    {kind:<10}{_size(need['total'])}: {parts}")
+    return lines
+
+
+_PARTS = {"weights": "weights", "kv": "KV cache", "workspace": "workspace"}
 
 
 def _type_line(name: str, kind: dict[str, Any]) -> str:

@@ -463,5 +463,7 @@ def test_info(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "q8_0      16 tensors, " in out
     assert ", 8.5 bits per weight, native\n" in out
     assert facts["kernel_cache"] in out
+    assert run(["info", "--context", "100"]) == 2
+    assert "--context needs --model" in capfd.readouterr().err
     assert run(["info", "--model", str(tmp_path)]) == 2
     assert "open one of them: m.gguf" in capfd.readouterr().err
