@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -88,6 +89,24 @@ def test_hot_loops_use_the_targets_vector_instructions(target: str) -> None:
         assert re.search(str(register), assembly[entry]), f"{entry} has no {register} for {target}"
         for pattern in patterns:
             assert re.search(pattern, assembly[entry]), f"{entry} has no {pattern} for {target}"
+
+
+def test_kernels_for_a_lower_level_run_here() -> None:
+    import llvmlite.binding as llvm
+
+    if not all(llvm.get_host_cpu_features().get(name) for name in ("avx2", "fma", "f16c")):
+        pytest.skip("this CPU cannot run x86-64-v3 code")
+    names = ("q8_0", "q4_0", "q4_k", "q6_k", "iq4_nl", "int8_64z", "int2_128m", "int1_32")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/ops/test_cpu_blocks.py"]
+    run = subprocess.run(
+        [*command, "-k", f"any_bytes and ({' or '.join(names)})"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "GLLM_CPU_TARGET": "x86-64-v3"},
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
 
 
 def test_unknown_target_is_named() -> None:
