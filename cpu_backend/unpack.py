@@ -183,7 +183,11 @@ def load_group(b: ir.IRBuilder, format: BlockFormat, address: ir.Value, for_dots
     """Unpack the group at an address: for dot products, in the form this target multiplies; otherwise exactly."""
     loader = Loader(b, format, address)
     unsigned = not for_dots or weights_are_unsigned(format.greatest)
-    vectors = [_piece(loader, j) for j in range(4)]
+    plane = format.planes[0]
+    if WIDE and isinstance(plane, Plane) and plane.bits == 8:
+        vectors = _transposed(loader, plane)
+    else:
+        vectors = [_piece(loader, j) for j in range(4)]
     scales, offsets = _scales(loader)
     zero_point = format.zero_point
     if format.table:
@@ -218,6 +222,22 @@ def _piece(loader: Loader, j: int) -> ir.Value:
         value = bits if value is None else b.or_(value, bits)
     assert value is not None
     return value
+
+
+def _transposed(loader: Loader, plane: Plane) -> list[ir.Value]:
+    """The four pieces of weights of 8 bits: long loads, then an 8 × 4 transposition of eights of bytes."""
+    b = loader.b
+    rows = [loader.load(plane.place(s, 0)[0], 4, I64) for s in range(8)]
+    pairs = [join(b, rows[s : s + 2]) for s in range(0, 8, 2)]
+
+    def mixed(x: ir.Value, y: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        return b.shuffle_vector(x, y, lane_mask(lanes))
+
+    found = []
+    for first in ((0, 4, 8, 12, 1, 5, 9, 13), (2, 6, 10, 14, 3, 7, 11, 15)):
+        low, high = mixed(pairs[0], pairs[1], first), mixed(pairs[2], pairs[3], first)
+        found += [mixed(low, high, (0, 1, 2, 3, 8, 9, 10, 11)), mixed(low, high, (4, 5, 6, 7, 12, 13, 14, 15))]
+    return [b.bitcast(v, BYTES) for v in found]
 
 
 def _plane(loader: Loader, plane: Plane, j: int) -> ir.Value:
