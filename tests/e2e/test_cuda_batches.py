@@ -185,7 +185,7 @@ def test_chunks_and_decodes_share_steps_without_a_trace(name: str, kind: str) ->
     with model(name, kind) as llm:
         expected, contents = alone(llm, prompts, 3)
         backend = llm._backend
-        them = Sequences(llm, prompts, reverse=True)
+        them = Sequences(llm, prompts)  # page 0 is one of theirs
         them.prefill(0)
         them.prefill(2)
         weights, kv = them.weights, them.kv
@@ -322,6 +322,36 @@ def test_swapping_changes_no_bit_and_slots_are_used_again_at_once() -> None:
         stats = backend.swap_stats(kv)
         assert (stats.pages_out, stats.pages_in) == (12, 12)
         assert stats.seconds_in >= 0
+
+
+def test_a_copy_out_comes_after_the_steps_that_wrote_the_pages() -> None:
+    with model() as llm:
+        backend, weights, kv = llm._backend, llm._engine.weights, llm._engine.kv
+        prompt, pages = prompts_of(2)[1], [4, 2, 6]
+        backend.alloc_swap_space(kv, 3)
+        backend.extend(weights, kv, SequenceInput(prompt, 0, pages))
+        backend.swap_out_pages(kv, pages, [2, 1, 0])
+        kv.host_slots.wait()  # for the copies alone, whatever has become of the steps
+        backend.swap_in_pages(kv, [2, 1, 0], [10, 11, 12])
+        moved, stayed = backend.copy_pages_to_host(kv, [10, 11, 12]), backend.copy_pages_to_host(kv, pages)
+        assert stayed[:2].any()
+        assert np.array_equal(moved, stayed)
+
+
+def test_a_loop_waits_for_pages_that_come_in_while_it_lives() -> None:
+    prompts = prompts_of(2)
+    with model() as llm:
+        expected, _ = alone(llm, prompts, 6)
+        backend, them = llm._backend, Sequences(llm, prompts)
+        backend.alloc_swap_space(them.kv, 3)
+        them.prefill(1)
+        pages = them.pages[1][:3]
+        backend.swap_out_pages(them.kv, pages, [0, 1, 2])
+        backend.copy_pages_from_host(them.kv, pages, np.zeros(them.kv.config.page_nbytes, np.uint8))
+        loop = backend.start_decode(them.weights, them.kv, [them.row(1)])
+        backend.swap_in_pages(them.kv, [0, 1, 2], pages)
+        assert [loop.step()[0] for _ in range(6)] == expected[1][1:]
+        loop.close()
 
 
 def test_neighbouring_pages_in_neighbouring_slots_are_one_copy() -> None:
