@@ -69,12 +69,17 @@ def open_cuda(**options: Any) -> Any:
 
 
 def load_cuda(
-    path: Path | None = None, *, dtype: str = "auto", context_length: int | None = None, **options: Any
+    path: Path | None = None,
+    *,
+    dtype: str = "auto",
+    context_length: int | None = None,
+    sharing: gllm.llm.Sharing | None = None,
+    **options: Any,
 ) -> gllm.LLM:
     """A model on the device under test; None is the demonstration model. `options` are those of CudaBackend."""
     checkpoint = open_checkpoint(gllm.llm.demo_model_path() if path is None else path, progress=False)
     # Tests write into pages directly, so none may be found again as a prefix; one context's memory, as they count it.
-    sharing = gllm.llm.Sharing(max_batch=1, prefix_reuse=False)
+    sharing = sharing or gllm.llm.Sharing(max_batch=1, prefix_reuse=False)
     engine = _place(checkpoint, open_cuda(**options), dtype, context_length, None, sharing, True)
     return gllm.LLM(checkpoint, engine.backend, engine, 0.0)
 

@@ -17,6 +17,7 @@ from gllm_driver.backends.cuda.shapes import bucket
 from gllm_driver.backends.cuda.swap import runs
 from gllm_driver.config import SamplingConfig
 from gllm_driver.errors import CapacityError, DriverError, UnsupportedError
+from gllm_driver.llm import Sharing
 from gllm_driver.types import BatchInput, PageState, SequenceInput
 
 pytestmark = pytest.mark.hostsim
@@ -265,6 +266,33 @@ def test_a_position_without_a_page_is_refused() -> None:
         loop.close()
         with pytest.raises(ValueError, match="closed"):
             loop.step()
+
+
+# ---- the engine
+
+
+OPTIONS = ({"temperature": 0.0}, {"temperature": 0.9, "top_k": 40, "seed": 3, "repetition_penalty": 1.2})
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 192])
+def test_requests_that_share_steps_say_what_they_say_alone(kv_tokens: int | None) -> None:
+    """With room for all, and with so little that some must leave the device and come back."""
+    prompts = [p * 2 for p in prompts_of(5)]
+    with load_cuda(tiny("qwen2_bias"), context_length=160, deterministic=True) as llm:
+        expected = [
+            llm.generate(prompt, max_tokens=24, ignore_eos=True, **options).tokens
+            for options in OPTIONS
+            for prompt in prompts
+        ]
+    sharing = Sharing(max_batch=8, chunk_size=16, kv_tokens=kv_tokens)
+    with load_cuda(tiny("qwen2_bias"), context_length=160, deterministic=True, sharing=sharing) as llm:
+        streams = [
+            llm.stream(prompt, max_tokens=24, ignore_eos=True, **options) for options in OPTIONS for prompt in prompts
+        ]
+        assert [stream.read_all().tokens for stream in streams] == expected
+        if kv_tokens is not None:
+            stats = llm._backend.swap_stats(llm._engine.kv)
+            assert 0 < stats.pages_in <= stats.pages_out
 
 
 # ---- swapping
