@@ -220,16 +220,22 @@ def _emit_group_dot(b: ir.IRBuilder, format: BlockFormat, group: Group, x: _Acti
     floats, ints = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
     runs = [(0, 1, 2, 3)] if len(group.scales) == 1 else [(0, 1), (2, 3)]
     for p in x.parts:
+        found: ir.Value | None = None
         for n, pieces in enumerate(runs):
             start: ir.Value = ir.Constant(ints, [0] * LANES)
             if group.zero_point:
                 start = b.mul(x.sums(pieces, p), ir.Constant(ints, [group.zero_point] * LANES))
             ws = [part(b, group.bytes[j], p, 4 * LANES) for j in pieces]
             dot = emit_byte_dot(b, start, ws, [x.bytes(j, p) for j in pieces], group.unsigned, format.greatest)
-            scale = b.fmul(part(b, group.scales[n], p, LANES), x.scale(p))
-            acc = llvm_fma(b, b.sitofp(dot, floats), scale, acc)
+            dot, scale = b.sitofp(dot, floats), part(b, group.scales[n], p, LANES)
+            if len(runs) == 1:
+                acc = llvm_fma(b, dot, b.fmul(scale, x.scale(p)), acc)
+            else:
+                found = b.fmul(dot, scale) if found is None else llvm_fma(b, dot, scale, found)
             if group.offsets:
                 acc = llvm_fma(b, part(b, group.offsets[n], p, LANES), x.totals(pieces, p), acc)
+        if found is not None:
+            acc = llvm_fma(b, found, x.scale(p), acc)
     return acc
 
 
