@@ -19,7 +19,7 @@ ROWS_DIMS = (128, 256)  # each kernel takes head_dims up to it
 # (up to so many keys, a span has at least so many): least_span in kernels_cu/common/attention.cuh
 LEAST_SPANS = ((128, 128), (512, 64), (2048, 128), (1 << 31, 256))
 MAX_SPLITS = 128  # kMaxSplits
-MIN_SPLITS = 8  # of a large batch, so that one long context among short ones is still spread
+MIN_SPLITS = 4  # of a large batch, so that one long context among short ones is still spread; more cost even ones
 GROUP_HEADS = 8  # kGroupHeads
 ROWS_WARPS = 4
 MERGE_NBYTES = GROUP_HEADS * (MAX_SPLITS + 1) * 4  # kMergeNbytes

@@ -46,6 +46,7 @@ struct HeadGroup {
 template <int kWarps, class Args>
 __device__ __forceinline__ void store_parts(const Args &a, const WarpParts<kWarps> &parts, const HeadGroup &group, int64_t token,
                                             const Partials &partials, int64_t scratch_row, int split, bool is_whole) {
+#pragma unroll 1  // the code of a loop that runs a few times is not worth its size
   for (int i = threadIdx.x; i < group.heads * a.Dh; i += kWarps * 32) {
     const int h = i / a.Dh, d = i % a.Dh;
     float m = -INFINITY, l = 0, o = 0;
@@ -88,11 +89,14 @@ __device__ __forceinline__ void merge_parts(const Args &a, const Partials &parti
   constexpr int kAtOnce = 16;  // loads of a thread
   auto *weights = static_cast<float *>(shared), *totals = weights + kGroupHeads * kMaxSplits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll 1
   for (int h = warp; h < group.heads; h += kThreads / 32) {
     const float2 *states = partials.states + (row + h) * partials.max_splits;
     float top = -INFINITY, total = 0;
+#pragma unroll 1
     for (int i = lane; i < num; i += 32) top = fmaxf(top, states[i].x);
     top = shift_of(warp_max(top));
+#pragma unroll 1
     for (int i = lane; i < num; i += 32) {
       const float2 state = states[i];
       const float weight = exp2_approx(state.x - top);
@@ -105,19 +109,19 @@ __device__ __forceinline__ void merge_parts(const Args &a, const Partials &parti
   __syncthreads();
   const bool by_four = a.Dh % 4 == 0 && is_aligned(a.out, 16);
   const int width = by_four ? 4 : 1, pieces = a.Dh / width;
+#pragma unroll 1
   for (int piece = threadIdx.x; piece < group.heads * pieces; piece += kThreads) {
     const int h = piece / pieces, d = piece % pieces * width;
     const float *sums = partials.sums + (row + h) * partials.max_splits * a.Dh + d, *weight = weights + h * kMaxSplits;
     float *out = a.out + token * a.QD + (group.first + h) * a.Dh + d;
-    const float total = totals[h];
+    const float inverse = 1.0f / totals[h];
     if (by_four) {
       float4 o = make_float4(0, 0, 0, 0);
+#pragma unroll 1
       for (int begin = 0; begin < num; begin += kAtOnce) {
         float4 sum[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-          if (begin + i < num) sum[i] = load_f32x4(sums + static_cast<int64_t>(begin + i) * a.Dh);
-        }
+        for (int i = 0; i < kAtOnce; i++) sum[i] = load_f32x4(sums + min(begin + i, num - 1) * a.Dh);
 #pragma unroll
         for (int i = 0; i < kAtOnce; i++) {
           if (begin + i >= num) break;
@@ -125,11 +129,12 @@ __device__ __forceinline__ void merge_parts(const Args &a, const Partials &parti
           o = make_float4(fmaf(w, sum[i].x, o.x), fmaf(w, sum[i].y, o.y), fmaf(w, sum[i].z, o.z), fmaf(w, sum[i].w, o.w));
         }
       }
-      store_f32x4(out, make_float4(o.x / total, o.y / total, o.z / total, o.w / total));
+      store_f32x4(out, make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse));
     } else {
       float o = 0;
-      for (int i = 0; i < num; i++) o = fmaf(weight[i], sums[static_cast<int64_t>(i) * a.Dh], o);
-      *out = o / total;
+#pragma unroll 1
+      for (int i = 0; i < num; i++) o = fmaf(weight[i], sums[i * a.Dh], o);
+      *out = o * inverse;
     }
   }
 }

@@ -240,7 +240,7 @@ def test_a_head_dim_no_kernel_takes() -> None:
 
 def test_splits_are_bounded() -> None:
     table = {"MP": 1 << 17, "P": 16, "HK": 8, "heads": 32, "Dh": 128}  # 2M tokens
-    for S, deterministic, most in ((1, True, 32), (256, True, 32), (256, False, 8), (1, False, 27)):
+    for S, deterministic, most in ((1, True, 32), (256, True, 32), (256, False, 4), (1, False, 27)):
         (split,) = launched("paged_attention", "bf16", A100, deterministic=deterministic, S=S, **table)
         assert split.grid == (most, 8, S)
         assert split.workspace_nbytes == S * 32 * most * 130 * 4
