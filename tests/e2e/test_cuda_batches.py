@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -250,6 +251,30 @@ def test_steps_of_many_rows_move_their_tokens_alone_and_allocate_nothing() -> No
         moved = after.h2d_bytes - before.h2d_bytes + after.d2h_bytes - before.d2h_bytes
         assert 0 < moved <= 8 * 4 * 100
         assert backend.device.allocations() == allocations
+
+
+def test_a_loop_runs_ahead_once_the_host_has_cost_it_a_step(stub: session.Stub | None) -> None:
+    stub = simulated(stub)
+    prompts = prompts_of(3)
+    with model() as llm:
+        expected, contents = alone(llm, prompts, 20)
+        them = Sequences(llm, prompts)
+        for i in range(3):
+            them.prefill(i)
+        stub.set_faults("")  # counts from here
+        begun: list[int] = []
+
+        def between(step: int) -> None:
+            begun.append(stub.num_calls("cuGraphLaunch") - step - 1)
+            if step == 5:
+                time.sleep(0.5)  # a step takes less
+
+        them.decode(range(3), 20, between=between)
+        assert begun[:6] == [0] * 6
+        assert set(begun[7:]) == {0, 1}  # 0 where a row has no page yet for the next position
+        assert begun[7:].count(1) > 6
+        assert them.outputs == expected
+        assert [them.contents(i) for i in range(3)] == contents
 
 
 def test_a_position_without_a_page_is_refused() -> None:

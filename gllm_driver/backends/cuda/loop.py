@@ -6,6 +6,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
+from time import perf_counter
 
 from ..base import DecodeRow, KvCacheHandle, WeightsHandle
 from .decode import SLOTS, Decoder, DecoderPool
@@ -31,8 +33,9 @@ class _Held:
 class CudaDecodeLoop:
     """Steps of the same sequences; ids, positions and counts stay and advance on the device.
 
-    One sequence alone runs a step ahead of what it has been asked for, while its next position has a page: the host's
-    work on a token then costs the device no time. The last such step is in vain.
+    Between steps the device waits for the host to work on the tokens. A step that is begun before it is asked for hides
+    that, and is in vain when the loop ends. So the loop begins to run ahead when it has lost as much time as a step
+    takes: whether it ends soon or late, it loses at most twice what it must.
     """
 
     def __init__(
@@ -48,7 +51,9 @@ class CudaDecodeLoop:
         self._has_penalties = any(row.sampling.has_penalties for row in rows)
         self._pages = [list(row.pages) for row in rows]
         self._positions = [row.position for row in rows]  # at the start
-        self._runs_ahead = len(rows) == 1
+        self._runs_ahead = False
+        self._lost_s = 0.0  # time in which the device had nothing to do
+        self._returned_at = inf
         self._launched = 0
         self._unread: deque[int] = deque()  # slots of steps under way, oldest first
         self._read: deque[list[int]] = deque()  # tokens that were read before they were asked for
@@ -73,6 +78,7 @@ class CudaDecodeLoop:
     def step(self) -> list[int]:
         """Run one forward pass on the last tokens and sample the next: an id per row, −1 where there is no number."""
         decoder = self.decoder
+        called_at = perf_counter()
         self._runtime.num_forwards += 1  # it writes where the logits of forward passes are
         with self._runtime.device:
             if self._changes:
@@ -81,7 +87,12 @@ class CudaDecodeLoop:
                 self._launch(decoder)
             if self._runs_ahead and len(self._unread) == 1 and self._launched < self._limit:
                 self._launch(decoder)
-            return self._read.popleft() if self._read else decoder.tokens(self._unread.popleft(), len(self._pages))
+            tokens = self._read.popleft() if self._read else decoder.tokens(self._unread.popleft(), len(self._pages))
+        if not self._runs_ahead:
+            self._lost_s += max(called_at - self._returned_at, 0.0)
+            self._returned_at = perf_counter()
+            self._runs_ahead = self._lost_s >= self._returned_at - called_at
+        return tokens
 
     def set_pages(self, row: int, pages: Sequence[int]) -> None:
         """The page list of a row has grown: from the next step on it may use the new pages."""
