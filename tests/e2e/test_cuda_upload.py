@@ -15,6 +15,8 @@ from gllm_driver.backends.base import ModelWeights
 from gllm_driver.backends.cuda import transfer, upload
 from gllm_driver.backends.cuda.transfer import Span, windows
 from gllm_driver.errors import CapacityError, DriverError, ModelFormatError, OutOfDeviceMemory
+from gllm_driver.packed_types import packed_dtype
+from gllm_driver.quant.packed import pack
 from gllm_driver.types import DTYPES, Tensor
 
 pytestmark = pytest.mark.hostsim
@@ -132,6 +134,26 @@ def test_blocks_arrive_as_they_were_made() -> None:
                 assert tensor.dtype == upload.device_dtype(Tensor.from_numpy(array, *_typed(quantized[slot])), "auto")
             if not tensor.dtype.is_quantized or tensor.dtype.name in DTYPES:
                 assert on_device(backend, tensor) == array.tobytes(), slot
+    finally:
+        backend.close()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("stored", ["q8_0", "q4_0"])
+def test_blocks_are_packed_where_products_read_packed_types(monkeypatch: pytest.MonkeyPatch, stored: str) -> None:
+    monkeypatch.setattr(upload, "BLOCKS_ARE_PACKED", True)
+    g, N, K = np.random.default_rng(4), 77, 384
+    raw = blocks(g, stored, N, K)
+    backend = open_cuda()
+    try:
+        tensor = backend.upload_weights(model_of({"a": raw}, {"a": (stored, N, K)})).tensors["a"]
+        assert tensor.dtype is packed_dtype(stored)
+        assert tensor.shape == (N, K)
+        assert on_device(backend, tensor) == pack(raw, stored, (N, K)).tobytes()
+        bad = raw.copy()
+        bad.reshape(-1, DTYPES[stored].block_nbytes)[12 * 70 + 3, :2] = 255  # a NaN
+        with pytest.raises(ModelFormatError, match=rf"element {K * 70 + 96}:"):
+            backend.upload_weights(model_of({"a": bad}, {"a": (stored, N, K)}))
     finally:
         backend.close()
 
