@@ -95,13 +95,6 @@ __device__ __forceinline__ uint4 load_stream16(const void *p) {
   return v;
 }
 
-// ---- a hint: bring nbytes (a multiple of 16) from a multiple of 16 on into the L2 cache
-__device__ __forceinline__ void prefetch_l2(const void *p, int nbytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(nbytes) : "memory");
-#endif
-}
-
 // ---- overlapping launches (sm_90). A launch that may overlap starts while the one before it runs, as soon as all blocks of
 // that one have called allow_next_launch() or ended. Before wait_for_earlier_launches() a kernel touches nothing but its
 // parameters and memory no kernel ever writes (weights); afterwards all that was launched before has ended, memory included.
@@ -143,7 +136,6 @@ __device__ __forceinline__ float warp_max(float v) {  // fmaxf: a NaN loses to a
 #include "hostsim.h"
 
 __device__ __forceinline__ uint4 load_stream16(const void *p) { return *static_cast<const uint4 *>(p); }
-__device__ __forceinline__ void prefetch_l2(const void *, int) {}
 __device__ __forceinline__ void allow_next_launch() {}
 __device__ __forceinline__ void wait_for_earlier_launches() {}
 __device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }

@@ -2,10 +2,8 @@
 //
 // A warp computes the dot products of kRows weight rows, each lane taking 16 bytes of every 512 of a row. Weights pass through
 // a ring in shared memory, kStages steps of kRows * 512 bytes per warp, always under way; a lane reads what it has copied
-// itself, so there is no barrier. The first copies and a prefetch of what follows into L2 start before the launch waits for the
-// one before it. Activations stand in shared memory in f32, times the norm's weights; a row's 1 / rms multiplies results.
-//
-// The next launch is let in when the last copies are under way: its first ones keep memory busy while this one drains.
+// itself, so there is no barrier. The first copies start before the launch waits for the one before it. Activations stand in
+// shared memory in f32, times the norm's weights; a row's 1 / rms multiplies results.
 //
 // An output is summed in one order whatever the number of tokens. `Op` as in gemv.cuh; a warp's rows are entries of a unit, all
 // kUnit rows whose results are stored together.
@@ -15,9 +13,8 @@
 #include "weight_tile.cuh"
 
 constexpr int kDotThreads = 256;
-constexpr int kDotBlocks = 2;           // of a multiprocessor: this launch's and the next one's
+constexpr int kDotBlocks = 2;            // of a multiprocessor that registers must suffice for
 constexpr int kDotRingNbytes = 8 << 10;  // of a warp
-constexpr int kPrefetchNbytes = 4 << 10;  // of a row in flight, from its start
 
 template <class D, int kTokens, int kRows, class Op>
 struct Dot {
@@ -60,17 +57,6 @@ struct Dot {
     for (int r = 0; r < kRows; r++)
       cp_async16(ring + stage * kStageNbytes + r * 512, from[r] + k * static_cast<int64_t>(sizeof(Element)), from[r] != nullptr && k < op.K);
     cp_async_commit();
-  }
-
-  // Weights of this warp that the first loads leave out.
-  __device__ __forceinline__ void prefetch(int group, int step) const {
-    const int nbytes = op.K * static_cast<int>(sizeof(Element)), i = threadIdx.x % 32;
-    if (Op::kNorm && threadIdx.x == 0 && is_aligned(op.norm.weight, 16)) prefetch_l2(op.norm.weight, op.K * 4);
-    if (i >= kRows) return;
-    for (int left = kPrefetchNbytes; left > 0 && group < groups; group += step, left -= nbytes) {
-      const unsigned char *row = row_of(group, i);
-      if (row != nullptr) prefetch_l2(row, min(left, nbytes));
-    }
   }
 
   // Where elements 4i .. 4i+3 of an activation row stand: a lane's eight are read as two float4, each next to its neighbours'.
@@ -214,11 +200,10 @@ __device__ __forceinline__ void dot(const Op &op) {
   const auto copy_next = [&](int stage) {
     if (copied == kernel.steps) copied = 0, copied_group += stride, kernel.find_rows(copied_group, from);
     kernel.copy(from, copied++, stage);
-    if (copied == kernel.steps && copied_group < kernel.groups && copied_group + stride >= kernel.groups) allow_next_launch();
   };
 #pragma unroll 1
   for (int s = 0; s < kStages; s++) copy_next(s);
-  kernel.prefetch(group, stride);
+  allow_next_launch();
   wait_for_earlier_launches();
   float factors[kTokens], factor = 1.f;
   kernel.fill_rows(scratch, factors);

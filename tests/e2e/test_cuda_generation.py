@@ -173,9 +173,12 @@ def test_a_hundred_steps_move_eight_bytes_each_at_most_and_allocate_nothing(name
         assert [third.step()[0] for _ in range(5)][1:] == tokens[:4]
 
 
-def test_a_decode_step_has_at_most_six_kernels_a_layer() -> None:
+@pytest.mark.parametrize("dtype", ["auto", "f32", "f16", "bf16"])
+@pytest.mark.parametrize("model", [None, "qwen3_tied", "qwen2_bias", "llama3_gqa"])
+def test_a_decode_step_has_at_most_six_kernels_a_layer(model: str | None, dtype: str) -> None:
     """With a context long enough to be cut into spans that must be merged; and the whole step is one graph."""
-    with load_cuda(context_length=1024) as llm:
+    path = open_tiny(model)[0] if model else None
+    with load_cuda(path, dtype=dtype, context_length=CONTEXT if model else 1024) as llm:
         backend, engine = llm._backend, llm._engine
         decoder = backend._decoders.take(engine.weights, engine.kv, 1, engine.kv.config.num_pages, False)
         around = [s for s in decoder.program.symbols if s.partition("__")[0] in ("embedding", "rope_table", "sample")]

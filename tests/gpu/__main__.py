@@ -26,7 +26,7 @@ def commands(group: str) -> list[tuple[str, list[str]]]:
         return [(f"e2e {name}", [f"tests/e2e/test_cuda_{name}.py"]) for name in ("generation", "batches", "upload")]
     from gllm_driver.ops import CONTRACTS
 
-    return [(f"ops {op}", ["tests/gpu/test_gpu_parity.py", "-k", f"test_parity and {op}-"]) for op in CONTRACTS]
+    return [(f"ops {op}", ["tests/gpu/test_gpu_parity.py", "-k", f"{op}-"]) for op in CONTRACTS]
 
 
 def run(name: str, arguments: list[str], environment: dict[str, str], timeout_s: float) -> bool:

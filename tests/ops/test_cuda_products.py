@@ -160,8 +160,10 @@ def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
             family = f"dot_{dtype}_t1_r{2 if N == 1024 else 4}" if is_float else f"gemv_{dtype}_p2_m1"
             assert launch.symbol == f"linear__{family}"
             assert launch.grid[0] >= 128
-            assert launch.smem_nbytes <= 99 << 10
+            assert launch.smem_nbytes <= H200_LIKE.max_smem_optin
             assert launch.overlaps
+            if is_float:  # a block has its multiprocessor to itself
+                assert 2 * launch.smem_nbytes > H200_LIKE.max_smem_optin
 
 
 def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
