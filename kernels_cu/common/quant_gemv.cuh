@@ -1,0 +1,240 @@
+// quant_gemv.cuh - products of packed weights with few tokens: every weight is read once, as fast as memory gives it.
+//
+// Up to eight slots of activations (quant_rows.cuh) per tile stand in shared memory as the B operand of mma, sixteen weight
+// rows are the A operand. A block goes through tiles of sixteen rows, blockIdx.x, blockIdx.x + gridDim.x, ...; its warps share
+// out the segments of K. Each warp has a ring of its own that 16-byte asynchronous copies keep full across tiles, so memory
+// is read without pause; the only barrier is one per tile. Where activations do not fit shared memory, all tiles are done for
+// one panel of K after another, and sums wait in shared memory.
+//
+// An output is the sum of its segments in order: the same bits whatever the slots, the grid and the panels, and as
+// quant_mma.cuh sums it. `Op` says what is multiplied and what becomes of it:
+//   kUnit                        tiles of eight weight rows whose results are wanted together: 1 or 2
+//   kNorm; x, norm, T, K         the activations, and whether they are normalized first
+//   num_units()
+//   packed(unit * kUnit + i)     the rows of a tile, a PackedTile
+//   store<D>(token, unit, r, v)  v[kUnit], one value per tile; D is Packed<kBits>
+#pragma once
+
+#include "quant_rows.cuh"
+#include "quant_tile.cuh"
+
+constexpr int kQuantThreads = kSlotThreads;
+constexpr int kQuantBlocks = 2;  // of a multiprocessor that registers must suffice for
+constexpr int kQuantWarps = kQuantThreads / 32;
+constexpr int kQuantScaleNbytes = 64;  // the most a row has in a segment
+
+template <int kBits>
+constexpr int kQuantStages = kBits == 8 ? 2 : kBits == 4 ? 3 : 4;
+template <int kBits>
+constexpr int kQuantStageNbytes = kQuantRows * (32 * kBits + kQuantScaleNbytes);
+
+// Rows of a tile, from an op's two tiles.
+template <int kBits, class Op>
+__device__ __forceinline__ QuantTile<kBits> quant_tile(const Op &op, int tile) {
+  return QuantTile<kBits>(op.packed(2 * tile), op.packed(2 * tile + 1), op.K);
+}
+template <class Op>
+__device__ __forceinline__ int num_quant_tiles(const Op &op) {
+  return ceil_div(op.num_units() * Op::kUnit, 2);
+}
+
+// The quants and scales of one segment of a tile to shared memory, by the 32 lanes of a warp; missing rows are zeros.
+template <int kBits>
+__device__ __forceinline__ void copy_segment(unsigned char *quants, unsigned char *scales, const QuantTile<kBits> &from, int segment) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < kBits; j++) {
+    const int i = j * 32 + lane, r = i / (2 * kBits), piece = i % (2 * kBits);
+    cp_async16(quants + quant_piece<kBits>(r, piece), from.row(r) + segment * (32 * kBits) + piece * 16, from.has_row(r));
+  }
+  const int stride = scale_stride(from.scale_nbytes), shift = stride == 64 ? 2 : stride == 32 ? 1 : 0;
+  const int64_t start = from.scales + (static_cast<int64_t>(segment) * from.scale_nbytes & ~static_cast<int64_t>(15));
+  for (int i = lane; i < kQuantRows << shift; i += 32) {
+    const int r = i >> shift, piece = i & ((1 << shift) - 1);
+    cp_async16(scales + r * stride + piece * 16, from.row(r) + start + piece * 16, from.has_row(r));
+  }
+}
+
+template <int kBits, int kSlotTiles, int kPlanes, bool kPrepared, class Op>
+struct QuantGemv {
+  static constexpr int kStages = kQuantStages<kBits>, kStageNbytes = kQuantStageNbytes<kBits>;
+  static constexpr int kItems = Op::kUnit == 1 ? kQuantRows : kUnitRows8;  // results of a token in a tile
+
+  const Op &op;
+  const int slots, pairs, segments, panel, tiles;  // panel: segments of K at a time
+  unsigned char *ring, *rows;                      // this warp's ring; activations of the panel
+  float *parts, *totals;                           // [2][panel][16][2 pairs]; [tile of the block][16][2 pairs], if there are panels
+
+  __device__ __forceinline__ QuantGemv(const Op &o, unsigned char *shared, int panel_segments)
+      : op(o), slots(o.T * kPlanes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_segments), tiles(num_quant_tiles(o)) {
+    ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
+    rows = shared + kQuantWarps * kStages * kStageNbytes;
+    parts = reinterpret_cast<float *>(rows + panel * kQuantSteps * slots * kSlotNbytes);
+    totals = parts + 2 * panel * part_size();
+  }
+
+  __device__ __forceinline__ int part_size() const { return kQuantRows * 2 * pairs; }
+
+  // A warp's work in order: every kQuantWarps-th segment of the panel's in each tile of the block, panel after panel.
+  struct Cursor {
+    int first, tile, within;  // first segment of the panel
+  };
+  __device__ __forceinline__ int count(int first) const { return min(panel, segments - first); }
+  __device__ __forceinline__ void advance(Cursor &at) const {
+    at.within += kQuantWarps;
+    while (at.first < segments && at.within >= count(at.first)) {
+      at.within -= count(at.first);
+      at.tile += gridDim.x;
+      if (at.tile >= tiles) at.tile = blockIdx.x, at.first += panel, at.within = threadIdx.x / 32;
+    }
+  }
+
+  // Activations of a panel, every slot.
+  __device__ __forceinline__ void fill_rows(int first, const RowFactors &f, const SlotRows &prepared) const {
+    if constexpr (kPrepared) {
+      const int pieces = count(first) * kQuantSteps * slots * (kSlotNbytes / 16);
+      const unsigned char *from = prepared.steps + static_cast<int64_t>(first) * kQuantSteps * slots * kSlotNbytes;
+      for (int i = threadIdx.x; i < pieces; i += kQuantThreads) store16(rows + i * 16, load16(from + i * 16));
+    } else {
+      const SlotRow<Op::kNorm> row(op.x, op.norm, op.K);
+      const int start = first * (kPackedSegment / 4);
+#pragma unroll 4
+      for (int i = threadIdx.x; i < count(first) * (kPackedSegment / 4); i += kQuantThreads) {
+        uint2 words[kPlanes];
+        row.template planes<kPlanes>(start + i, f, words);
+#pragma unroll
+        for (int p = 0; p < kPlanes; p++) *reinterpret_cast<uint2 *>(rows + slot_place(i, p, slots)) = words[p];
+      }
+    }
+  }
+
+  template <bool kFine>
+  __device__ __forceinline__ void multiply(const unsigned char *quants, const unsigned char *scales, const unsigned char *x, const PackedFormat &format,
+                                           float (&sum)[kSlotTiles][4]) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int stride = scale_stride((kPackedSegment >> format.group_shift) * format.scale_nbytes());
+    LaneQuants<kBits> low, high;
+#pragma unroll
+    for (int step = 0; step < kQuantSteps; step++) {
+      if (step % kStepsOfRead<kBits> == 0) low.read(quants, g, t, step), high.read(quants, g + 8, t, step);
+      LaneScale scale[2];
+      read_scales<kBits, kFine>(scale, scales, stride, g, step, format.group_shift, format.kind);
+      uint32_t q0[4], q1[4];
+      unpack_step<kBits>(low, step, q0);
+      unpack_step<kBits>(high, step, q1);
+      const StepOperands operands(q0, q1);
+#pragma unroll
+      for (int n = 0; n < kSlotTiles; n++) {  // lanes whose slot there is not read another's: their sums are nobody's
+        const uint4 v = load16(x + (step * slots + min(n * 8 + g, slots - 1)) * kSlotNbytes + t * 16);
+        quant_step<kFine>(sum[n], operands, v, scale, format.kind != 0);
+      }
+    }
+  }
+
+  // One segment of a tile: its part of [16][slot].
+  __device__ __forceinline__ void multiply_segment(const Cursor &at, int stage, int buffer, const PackedFormat &format) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, segment = at.first + at.within;
+    const unsigned char *quants = ring + stage * kStageNbytes;
+    const int scale_nbytes = (kPackedSegment >> format.group_shift) * format.scale_nbytes();
+    const unsigned char *scales = quants + kQuantRows * 32 * kBits + (segment * scale_nbytes & 15);
+    const unsigned char *x = rows + at.within * kQuantSteps * slots * kSlotNbytes;
+    float sum[kSlotTiles][4] = {};
+    if (format.group_shift == 4) {
+      multiply<true>(quants, scales, x, format, sum);
+    } else {
+      multiply<false>(quants, scales, x, format, sum);
+    }
+    float *part = parts + (buffer * panel + at.within) * part_size();
+#pragma unroll
+    for (int n = 0; n < kSlotTiles; n++) {
+      const int slot = n * 8 + 2 * t;
+      if (slot >= slots) continue;
+      *reinterpret_cast<float2 *>(part + g * 2 * pairs + slot) = make_float2(sum[n][0], sum[n][1]);
+      *reinterpret_cast<float2 *>(part + (g + 8) * 2 * pairs + slot) = make_float2(sum[n][2], sum[n][3]);
+    }
+  }
+
+  // The sum of a row's segments so far.
+  __device__ __forceinline__ float add_parts(int first, int buffer, int local, int r, int slot) const {
+    const int i = r * 2 * pairs + slot, size = part_size();
+    float total = first == 0 ? 0.f : totals[local * size + i];
+    const float *part = parts + buffer * panel * size + i;
+#pragma unroll 8
+    for (int s = 0; s < count(first); s++) total += part[s * size];
+    if (first + panel < segments) totals[local * size + i] = total;
+    return total;
+  }
+
+  // What the segments of a panel make of a tile: stored if it is the last, kept otherwise. `local` counts the block's tiles.
+  __device__ __forceinline__ void finish_tile(int first, int tile, int local, const float *unscale) const {
+    const int buffer = local & 1;
+    const int turned = (threadIdx.x + local * 32) % kQuantThreads;  // another warp for every tile
+#pragma unroll 1
+    for (int i = turned; i < kItems * op.T; i += kQuantThreads) {
+      const int r = i % kItems, token = i / kItems;
+      float values[Op::kUnit];
+#pragma unroll
+      for (int u = 0; u < Op::kUnit; u++) {
+        const float whole = add_parts(first, buffer, local, u * 8 + r, token);
+        values[u] = (kPlanes == 1 ? whole : join_planes(whole, add_parts(first, buffer, local, u * 8 + r, op.T + token))) * unscale[token];
+      }
+      if (first + panel < segments) continue;
+      const int unit = Op::kUnit == 1 ? 2 * tile + r / 8 : tile;
+      op.template store<Packed<kBits>>(token, unit, r % 8, values);
+    }
+  }
+};
+
+// `panel` is what the launch has laid shared memory out for. `scratch`: prepared slots, if kPrepared.
+template <int kBits, int kSlotTiles, int kPlanes, bool kPrepared, class Op>
+__device__ __forceinline__ void quant_gemv(const Op &op, int panel, void *scratch) {
+  using Kernel = QuantGemv<kBits, kSlotTiles, kPlanes, kPrepared, Op>;
+  DYN_SHARED(unsigned char, shared);
+  SHARED(float, reduction, kQuantWarps);
+  SHARED(float, unscale, 1);
+  const Kernel kernel(op, shared, panel);
+  const auto copy = [&](typename Kernel::Cursor at, int stage) {
+    if (at.first < kernel.segments) {
+      unsigned char *to = kernel.ring + stage * Kernel::kStageNbytes;
+      copy_segment<kBits>(to, to + kQuantRows * 32 * kBits, quant_tile<kBits>(op, at.tile), at.first + at.within);
+    }
+    cp_async_commit();
+  };
+  typename Kernel::Cursor next{0, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32) - kQuantWarps}, copied;
+  kernel.advance(next);
+  copied = next;
+#pragma unroll 1
+  for (int s = 0; s < Kernel::kStages; s++) copy(copied, s), kernel.advance(copied);
+
+  const SlotRows prepared(scratch, op.T, op.K, kPlanes);
+  RowFactors f{};
+  const float *unscales = prepared.unscale;
+  if constexpr (!kPrepared) {
+    f = SlotRow<Op::kNorm>(op.x, op.norm, op.K).factors(reduction);
+    if (threadIdx.x == 0) unscale[0] = f.unscale;
+    unscales = unscale;
+  }
+  int stage = 0;  // where the next segment is in the ring
+  for (int first = 0; first < kernel.segments; first += kernel.panel) {
+    __syncthreads();  // all have read the rows of the last panel
+    kernel.fill_rows(first, f, prepared);
+    __syncthreads();
+    int local = 0;
+    for (int tile = blockIdx.x; tile < kernel.tiles; tile += gridDim.x, local++) {
+      const PackedFormat format(op.packed(2 * tile).code);
+      while (next.first == first && next.tile == tile) {
+        cp_async_wait<Kernel::kStages - 1>();
+        __syncwarp();
+        kernel.multiply_segment(next, stage, local & 1, format);
+        __syncwarp();  // every lane is done with the segment that the next copy overwrites
+        copy(copied, stage);
+        kernel.advance(copied);
+        kernel.advance(next);
+        stage = stage + 1 == Kernel::kStages ? 0 : stage + 1;
+      }
+      __syncthreads();  // parts are there; those of the tile before are read, so the next tile may write its own
+      kernel.finish_tile(first, tile, local, unscales);
+    }
+  }
+  cp_async_wait<0>();
+}
