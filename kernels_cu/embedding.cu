@@ -1,4 +1,5 @@
 // embedding - out[t] = weight[ids[t]], dequantized. A block takes 2048 columns of one row, eight to a thread.
+#include "common/packed.cuh"
 #include "common/quant.cuh"
 #include "generated/embedding_args.h"
 
@@ -38,5 +39,11 @@ __device__ __forceinline__ void embedding(const EmbeddingArgs &a) {
 EMBEDDING(f32, F32)
 EMBEDDING(f16, F16)
 EMBEDDING(bf16, BF16)
-EMBEDDING(q8_0, Q8_0)
-EMBEDDING(q4_0, Q4_0)
+
+// Packed weights of every width: the order of elements in memory is not theirs, so each is picked alone.
+extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding__packed(const __grid_constant__ EmbeddingArgs a) {
+  const int64_t t = blockIdx.x;
+  const PackedRow row(PackedFormat(a.weight_dtype), a.weight, a.ids[t], a.D);
+  const int first = blockIdx.y * kEmbeddingThreads * 8, end = min(a.D, first + kEmbeddingThreads * 8);
+  for (int k = first + threadIdx.x; k < end; k += kEmbeddingThreads) a.out[t * a.D + k] = row.element(k);
+}

@@ -7,6 +7,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_mma.cuh"
 #include "generated/fused_gate_up_silu_args.h"
 
 // SiLU x * sigmoid(x), GELU in its tanh form x * sigmoid(2u), u = sqrt(2 / pi) * (x + 0.044715 x^3), or GELU x * Phi(x):
@@ -51,6 +52,11 @@ struct GateUp {
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
     if (!is_gated()) return {a.up, index * kTileRows, 1, a.F, K};
     return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
+  }
+
+  __device__ __forceinline__ PackedTile packed(int index) const {
+    if (!is_gated()) return {a.up, a.up_dtype, index * kTileRows, 1, a.F};
+    return {index % 2 == 0 ? a.gate : a.up, a.up_dtype, index / 2 * kTileRows, 1, a.F};  // both are of one type
   }
 
   // `value` is what is activated: the gate's where there is one.
@@ -111,5 +117,21 @@ KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_r
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
+
+#define QUANT_ROWS(planes) \
+  KERNEL((kSlotThreads), slots_p##planes, void *scratch) { prepare_slots<planes, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
+QUANT_ROWS(1)
+QUANT_ROWS(2)
+
+#define QUANT_GEMV(bits)                                                                                              \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(GateUp(a), nullptr); }              \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few, void *scratch) { quant_gemv<bits, true>(GateUp(a), scratch); }
+QUANT_VARIANTS(QUANT_GEMV)
+
+#define QUANT_MMA(bits, tokens, rows, ...) \
+  KERNEL((QuantShape<tokens, rows, __VA_ARGS__>::kThreads), mma_q##bits##_##tokens##x##rows, void *scratch) { \
+    quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(GateUp(a), scratch);                               \
+  }
+QUANT_MMA_VARIANTS(QUANT_MMA)
 
 KERNEL((kPlainThreads), plain, void *scratch) { overlap_launches(); plain_gemm(GateUp(a), static_cast<const float *>(scratch), a.F); }

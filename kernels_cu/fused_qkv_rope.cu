@@ -10,6 +10,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_mma.cuh"
 #include "generated/fused_qkv_rope_args.h"
 
 constexpr int kPlaceThreads = 128;
@@ -69,6 +70,12 @@ struct Qkv {
     return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
   }
 
+  __device__ __forceinline__ PackedTile packed(int index) const {
+    int unit = index / 2;
+    const int part = part_of(unit), rows = rows_of(part);
+    return {weight_of(part), dtype_of(part), unit < units(rows) ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows};
+  }
+
   // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
   __device__ __forceinline__ int64_t slot(int token, int part, int head) const {
     if (part == 0) return static_cast<int64_t>(token) * a.QD + head * a.Dh;
@@ -120,7 +127,7 @@ struct Qkv {
     if (unit >= num_units()) return;
     const int part = part_of(unit), step = row_step(part, unit);
     const int first = first_row(part, unit, 0) + r * step, second = first_row(part, unit, 1) + r * step;
-    if (dtype_of(part) != D::kCode) return;
+    if (!D::holds(dtype_of(part))) return;
     if (!rotates) {
       if (first < rows_of(part)) raw_row(token, part)[first] = values[0];
       if (second < rows_of(part)) raw_row(token, part)[second] = values[1];
@@ -204,6 +211,26 @@ KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
+
+#define QUANT_ROWS(planes) \
+  KERNEL((kSlotThreads), slots_p##planes) { prepare_slots<planes, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
+QUANT_ROWS(1)
+QUANT_ROWS(2)
+
+#define QUANT_GEMV(bits)                                                                                                \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(Qkv(a, scratch), nullptr); }     \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few) {                                                          \
+    const Qkv op(a, scratch);                                                                                          \
+    quant_gemv<bits, true>(op, op.rows_scratch());                                                                     \
+  }
+QUANT_VARIANTS(QUANT_GEMV)
+
+#define QUANT_MMA(bits, tokens, rows, ...)                                                      \
+  KERNEL((QuantShape<tokens, rows, __VA_ARGS__>::kThreads), mma_q##bits##_##tokens##x##rows) {  \
+    const Qkv op(a, scratch);                                                                   \
+    quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(op, op.rows_scratch());              \
+  }
+QUANT_MMA_VARIANTS(QUANT_MMA)
 
 KERNEL((kPlainThreads), plain) {
   overlap_launches();

@@ -7,6 +7,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_mma.cuh"
 #include "generated/linear_args.h"
 
 struct Linear {
@@ -25,6 +26,8 @@ struct Linear {
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
     return {a.weight, index * kTileRows, 1, a.N, K};
   }
+
+  __device__ __forceinline__ PackedTile packed(int index) const { return {a.weight, a.weight_dtype, index * kTileRows, 1, a.N}; }
 
   // What is added to a result: read before it is needed.
   struct Early {
@@ -82,5 +85,21 @@ ROWS(bf16, bf16)
     mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
   }
 MMA_VARIANTS(MMA)
+
+#define QUANT_ROWS(planes) \
+  KERNEL((kSlotThreads), slots_p##planes, void *scratch) { prepare_slots<planes, false>(a.x, RowNorm(), a.T, a.K, scratch); }
+QUANT_ROWS(1)
+QUANT_ROWS(2)
+
+#define QUANT_GEMV(bits)                                                                                              \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(Linear(a), nullptr); }              \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few, void *scratch) { quant_gemv<bits, true>(Linear(a), scratch); }
+QUANT_VARIANTS(QUANT_GEMV)
+
+#define QUANT_MMA(bits, tokens, rows, ...) \
+  KERNEL((QuantShape<tokens, rows, __VA_ARGS__>::kThreads), mma_q##bits##_##tokens##x##rows, void *scratch) { \
+    quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(Linear(a), scratch);                               \
+  }
+QUANT_MMA_VARIANTS(QUANT_MMA)
 
 KERNEL((kPlainThreads), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..packed_types import PACKED_DTYPES
 from .base import DeviceProps, Launch, ceil_div
 
 THREADS = 256
@@ -15,4 +16,5 @@ BLOCK_ELEMENTS = 8 * THREADS
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
     """One launch; nothing for no tokens."""
     grid = (int(a["T"]), ceil_div(int(a["D"]), BLOCK_ELEMENTS), 1)
-    return [Launch(f"embedding__{dtypes['weight']}", grid, (THREADS, 1, 1), overlaps=True)] if 0 not in grid else []
+    kind = "packed" if dtypes["weight"] in PACKED_DTYPES else dtypes["weight"]
+    return [Launch(f"embedding__{kind}", grid, (THREADS, 1, 1), overlaps=True)] if 0 not in grid else []

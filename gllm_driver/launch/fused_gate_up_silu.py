@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from . import _packed as packed
 from . import _products as products
 from .base import DeviceProps, Launch, ceil_div
 
@@ -21,6 +22,9 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     dtype = dtypes["up"]
     units = ceil_div(F, products.TILE_ROWS * (1 if "gate" in dtypes else 2))
     is_mixed = dtypes.get("gate", dtype) != dtype
+    if packed.fits(weights, device) and not is_mixed:
+        tiles = ceil_div(F, packed.TILE_ROWS // len(weights))
+        return packed.products(OP, [packed.bits_of(dtype)], T, D, tiles, device, deterministic)
     if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
         return [dot]
     if is_mixed or not products.on_tensor_cores(weights, D, device):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..types import DTYPES
+from . import _packed as packed
 from . import _products as products
 from .base import DeviceProps, Launch, ceil_div
 
@@ -34,6 +35,9 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
     # the products' epilogue cannot finish such heads
     finish = [place] if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS else []
+    if packed.fits(weights, device):
+        widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
+        return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
     if not deterministic:
         few = [few_tokens(of_kind(weights, kind), T, D, units, device, raw) for kind in kinds]
         if all(few):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from . import _packed as packed
 from . import _products as products
 from .base import DeviceProps, Launch, ceil_div
 
@@ -16,6 +17,9 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     if not T or not N:
         return []
     weights = [(dtype, int(a["weight"]))]
+    if packed.fits(weights, device):
+        tiles = ceil_div(N, packed.TILE_ROWS)
+        return packed.products("linear", [packed.bits_of(dtype)], T, K, tiles, device, deterministic)
     tiles = ceil_div(N, products.TILE_ROWS)
     if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
         return [dot]

@@ -111,6 +111,13 @@ __device__ __forceinline__ void wait_for_earlier_launches() {
 #endif
 }
 
+// ---- bytes of dynamic shared memory that the launch has asked for
+__device__ __forceinline__ int dynamic_smem_nbytes() {
+  unsigned n;
+  asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(n));
+  return static_cast<int>(n);
+}
+
 // ---- 2^x to about 2 units in the last place; results below 2^-126 are 0
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -138,6 +145,7 @@ __device__ __forceinline__ float warp_max(float v) {  // fmaxf: a NaN loses to a
 __device__ __forceinline__ uint4 load_stream16(const void *p) { return *static_cast<const uint4 *>(p); }
 __device__ __forceinline__ void allow_next_launch() {}
 __device__ __forceinline__ void wait_for_earlier_launches() {}
+__device__ __forceinline__ int dynamic_smem_nbytes() { return static_cast<int>(hs::engine->dynamic_nbytes); }
 __device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }
 
 #endif

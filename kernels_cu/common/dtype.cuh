@@ -32,26 +32,31 @@ __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return __float2bfloat1
 struct F32 {
   using Element = float;
   static constexpr int kCode = kCodeF32, kBlockSize = kBlockSizeF32, kBlockNbytes = kBlockNbytesF32;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct F16 {
   using Element = __half;
   using Half = __half;
   static constexpr int kCode = kCodeF16, kBlockSize = kBlockSizeF16, kBlockNbytes = kBlockNbytesF16;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct BF16 {
   using Element = bf16;
   using Half = bf16;
   static constexpr int kCode = kCodeBF16, kBlockSize = kBlockSizeBF16, kBlockNbytes = kBlockNbytesBF16;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct Q8_0 {
   using Element = unsigned char;
   using Half = __half;
   static constexpr int kCode = kCodeQ8_0, kBlockSize = kBlockSizeQ8_0, kBlockNbytes = kBlockNbytesQ8_0;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct Q4_0 {
   using Element = unsigned char;
   using Half = __half;
   static constexpr int kCode = kCodeQ4_0, kBlockSize = kBlockSizeQ4_0, kBlockNbytes = kBlockNbytesQ4_0;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 
 template <class D>

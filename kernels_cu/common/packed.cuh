@@ -12,6 +12,7 @@ struct PackedFormat {
   int group_shift;  // log2 of the elements that share a scale: 4 to 7
   int kind;         // 0 symmetric, 1 zero point, 2 minimum
 
+  __device__ __forceinline__ PackedFormat() : bits(8), group_shift(5), kind(0) {}
   __device__ __forceinline__ explicit PackedFormat(int code) : bits(1 << (code & 3)), group_shift(4 + (code >> 2 & 3)), kind(code >> 4 & 3) {}
 
   __device__ __forceinline__ int scale_nbytes() const { return kind == 0 ? 2 : 4; }
@@ -59,10 +60,33 @@ struct PackedPlace {
 struct GroupScale {
   float factor, offset;
 
+  __device__ __forceinline__ GroupScale() : factor(0), offset(0) {}
   __device__ __forceinline__ GroupScale(const PackedFormat &format, float d, float a) {
     const bool is_wide = format.bits >= 4;
     const float center = is_wide ? static_cast<float>(1 << (format.bits - 1)) : 0.5f * static_cast<float>((1 << format.bits) - 1);
     factor = is_wide || format.kind == 0 ? d : 0.5f * d;
     offset = format.kind == 0 ? 0.f : format.kind == 1 ? d * (center - a) : fmaf(d, center, a);
+  }
+};
+
+// One row, an element at a time.
+struct PackedRow {
+  PackedFormat format;
+  const uint32_t *words;
+  const __half *scales;
+
+  __device__ __forceinline__ PackedRow(const PackedFormat &f, const void *weight, int64_t row, int K) : format(f) {
+    const void *data = byte_offset(weight, row * f.row_nbytes(K));
+    words = static_cast<const uint32_t *>(data);
+    scales = static_cast<const __half *>(byte_offset(data, f.quants_nbytes(K)));
+  }
+  __device__ __forceinline__ float element(int k) const {
+    const PackedPlace place(format.bits, k % kPackedSegment);
+    const uint32_t word = words[k / kPackedSegment * (8 * format.bits) + place.at];
+    const int u = static_cast<int>(word >> place.field * format.bits & ((1u << format.bits) - 1)), group = k >> format.group_shift;
+    const int q = format.bits >= 4 ? u - (1 << (format.bits - 1)) : 2 * u - ((1 << format.bits) - 1);
+    if (format.kind == 0) return to_f32(scales[group]) * static_cast<float>(q);
+    const float d = to_f32(scales[2 * group]), a = to_f32(scales[2 * group + 1]);
+    return format.kind == 1 ? d * (static_cast<float>(u) - a) : fmaf(d, static_cast<float>(u), a);
   }
 };

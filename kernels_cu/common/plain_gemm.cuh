@@ -5,6 +5,7 @@
 // a result does not depend on the other tokens.
 #pragma once
 
+#include "packed.cuh"
 #include "quant.cuh"
 
 constexpr int kPlainThreads = 256;
@@ -63,6 +64,20 @@ __device__ __forceinline__ void plain_row_of(const void *weight, int row, const 
   }
 }
 
+// Rows of packed weights, 16-byte aligned.
+__device__ __forceinline__ void packed_dot(const void *weight, int dtype, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
+  const PackedFormat format(dtype);
+  const PackedRow data(format, weight, row, K);
+#pragma unroll 1
+  for (int k = threadIdx.x % 32; k < K; k += 32) {
+    const float w = data.element(k);
+#pragma unroll
+    for (int t = 0; t < kPlainTokens; t++) {
+      if (t < tokens) sum[t] = fmaf(w, x[static_cast<int64_t>(t) * K + k], sum[t]);
+    }
+  }
+}
+
 // sum[t] = x[t] . weight[row] for the tokens from x on, at most kPlainTokens; all lanes of the warp get it.
 __device__ __forceinline__ void plain_row(const void *weight, int dtype, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
 #pragma unroll
@@ -71,8 +86,7 @@ __device__ __forceinline__ void plain_row(const void *weight, int dtype, int row
     case kCodeF32: plain_row_of<F32>(weight, row, x, tokens, K, sum); break;
     case kCodeF16: plain_row_of<F16>(weight, row, x, tokens, K, sum); break;
     case kCodeBF16: plain_row_of<BF16>(weight, row, x, tokens, K, sum); break;
-    case kCodeQ8_0: plain_row_of<Q8_0>(weight, row, x, tokens, K, sum); break;
-    default: plain_row_of<Q4_0>(weight, row, x, tokens, K, sum); break;
+    default: packed_dot(weight, dtype, row, x, tokens, K, sum); break;
   }
 #pragma unroll
   for (int t = 0; t < kPlainTokens; t++) sum[t] = warp_sum(sum[t]);

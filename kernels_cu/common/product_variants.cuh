@@ -9,13 +9,7 @@
 // name, type, planes, tiles of 16 activation rows. One plane is for deterministic mode.
 #define GEMV_VARIANTS(X) \
   X(f16, F16, 1, 1)      \
-  X(bf16, BF16, 1, 1)    \
-  X(q8_0, Q8_0, 1, 1)    \
-  X(q8_0, Q8_0, 2, 1)    \
-  X(q8_0, Q8_0, 2, 2)    \
-  X(q4_0, Q4_0, 1, 1)    \
-  X(q4_0, Q4_0, 2, 1)    \
-  X(q4_0, Q4_0, 2, 2)
+  X(bf16, BF16, 1, 1)
 
 // name, type, tokens and weight rows of a block, warps along each, stages, whether rows must start at multiples of 16 bytes
 #define MMA_VARIANTS(X)                   \
@@ -26,8 +20,11 @@
   X(f16, F16, 128, 128, 2, 4, 3, true)    \
   X(f16, F16, 64, 64, 2, 2, 4, false)     \
   X(bf16, BF16, 128, 128, 2, 4, 3, true)  \
-  X(bf16, BF16, 64, 64, 2, 2, 4, false)   \
-  X(q8_0, Q8_0, 128, 128, 2, 4, 3, true)  \
-  X(q8_0, Q8_0, 64, 64, 2, 2, 4, false)   \
-  X(q4_0, Q4_0, 128, 128, 2, 4, 3, true)  \
-  X(q4_0, Q4_0, 64, 64, 2, 2, 4, false)
+  X(bf16, BF16, 64, 64, 2, 2, 4, false)
+
+// Packed weights: every width, and for each of them the kernels of one token, of few,
+// and of many (bits, tokens and weight rows of a block, warps along each, stages).
+#define QUANT_VARIANTS(X) X(8) X(4) X(2) X(1)
+#define QUANT_MMA_VARIANTS_OF(X, bits) X(bits, 128, 128, 2, 4, 3) X(bits, 32, 64, 1, 4, 3)
+#define QUANT_MMA_VARIANTS(X) \
+  QUANT_MMA_VARIANTS_OF(X, 8) QUANT_MMA_VARIANTS_OF(X, 4) QUANT_MMA_VARIANTS_OF(X, 2) QUANT_MMA_VARIANTS_OF(X, 1)

@@ -1,13 +1,12 @@
 // quant_gemv.cuh - products of packed weights with few tokens: every weight is read once, as fast as memory gives it.
 //
-// Up to eight slots of activations (quant_rows.cuh) per tile stand in shared memory as the B operand of mma, sixteen weight
+// Up to eight slots of activations (quant_rows.cuh), two planes of four tokens, stand in shared memory as the B operand of mma, sixteen weight
 // rows are the A operand. A block goes through tiles of sixteen rows, blockIdx.x, blockIdx.x + gridDim.x, ...; its warps share
 // out the segments of K. Each warp has a ring of its own that 16-byte asynchronous copies keep full across tiles, so memory
 // is read without pause; the only barrier is one per tile. Where activations do not fit shared memory, all tiles are done for
 // one panel of K after another, and sums wait in shared memory.
 //
-// An output is the sum of its segments in order: the same bits whatever the slots, the grid and the panels, and as
-// quant_mma.cuh sums it. `Op` says what is multiplied and what becomes of it:
+// An output is the sum of its segments in order, whatever the slots, the grid and the panels. `Op` says what is multiplied and what becomes of it:
 //   kUnit                        tiles of eight weight rows whose results are wanted together: 1 or 2
 //   kNorm; x, norm, T, K         the activations, and whether they are normalized first
 //   num_units()
@@ -21,6 +20,7 @@
 constexpr int kQuantThreads = kSlotThreads;
 constexpr int kQuantBlocks = 2;  // of a multiprocessor that registers must suffice for
 constexpr int kQuantWarps = kQuantThreads / 32;
+constexpr int kQuantPlanes = 2;        // what f32 holds of an activation
 constexpr int kQuantScaleNbytes = 64;  // the most a row has in a segment
 
 template <int kBits>
@@ -55,7 +55,7 @@ __device__ __forceinline__ void copy_segment(unsigned char *quants, unsigned cha
   }
 }
 
-template <int kBits, int kSlotTiles, int kPlanes, bool kPrepared, class Op>
+template <int kBits, bool kPrepared, class Op>
 struct QuantGemv {
   static constexpr int kStages = kQuantStages<kBits>, kStageNbytes = kQuantStageNbytes<kBits>;
   static constexpr int kItems = Op::kUnit == 1 ? kQuantRows : kUnitRows8;  // results of a token in a tile
@@ -65,12 +65,20 @@ struct QuantGemv {
   unsigned char *ring, *rows;                      // this warp's ring; activations of the panel
   float *parts, *totals;                           // [2][panel][16][2 pairs]; [tile of the block][16][2 pairs], if there are panels
 
-  __device__ __forceinline__ QuantGemv(const Op &o, unsigned char *shared, int panel_segments)
-      : op(o), slots(o.T * kPlanes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_segments), tiles(num_quant_tiles(o)) {
+  __device__ __forceinline__ QuantGemv(const Op &o, unsigned char *shared)
+      : op(o), slots(o.T * kQuantPlanes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_of_launch()), tiles(num_quant_tiles(o)) {
     ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
     rows = shared + kQuantWarps * kStages * kStageNbytes;
     parts = reinterpret_cast<float *>(rows + panel * kQuantSteps * slots * kSlotNbytes);
     totals = parts + 2 * panel * part_size();
+  }
+
+  // As many segments as the launch has given shared memory for (gllm_driver/launch/_packed.py counts alike).
+  __device__ __forceinline__ int panel_of_launch() const {
+    const int each = kQuantSteps * slots * kSlotNbytes + 2 * kQuantRows * 2 * pairs * 4, left = dynamic_smem_nbytes() - kQuantWarps * kStages * kStageNbytes;
+    if (segments * each <= left) return segments;
+    const int kept = ceil_div(num_quant_tiles(op), static_cast<int>(gridDim.x)) * kQuantRows * 2 * pairs * 4;
+    return (left - kept) / each;
   }
 
   __device__ __forceinline__ int part_size() const { return kQuantRows * 2 * pairs; }
@@ -100,33 +108,34 @@ struct QuantGemv {
       const int start = first * (kPackedSegment / 4);
 #pragma unroll 4
       for (int i = threadIdx.x; i < count(first) * (kPackedSegment / 4); i += kQuantThreads) {
-        uint2 words[kPlanes];
-        row.template planes<kPlanes>(start + i, f, words);
+        uint2 words[kQuantPlanes];
+        row.template planes<kQuantPlanes>(start + i, f, words);
 #pragma unroll
-        for (int p = 0; p < kPlanes; p++) *reinterpret_cast<uint2 *>(rows + slot_place(i, p, slots)) = words[p];
+        for (int p = 0; p < kQuantPlanes; p++) *reinterpret_cast<uint2 *>(rows + slot_place(i, p, slots)) = words[p];
       }
     }
   }
 
   template <bool kFine>
   __device__ __forceinline__ void multiply(const unsigned char *quants, const unsigned char *scales, const unsigned char *x, const PackedFormat &format,
-                                           float (&sum)[kSlotTiles][4]) const {
+                                           float (&sum)[4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int stride = scale_stride((kPackedSegment >> format.group_shift) * format.scale_nbytes());
-    LaneQuants<kBits> low, high;
+#pragma unroll 2
+    for (int depth = 0; depth < kQuantDepths; depth++) {
+      const LaneQuants<kBits> low(quants, g, t, depth), high(quants, g + 8, t, depth);
 #pragma unroll
-    for (int step = 0; step < kQuantSteps; step++) {
-      if (step % kStepsOfRead<kBits> == 0) low.read(quants, g, t, step), high.read(quants, g + 8, t, step);
-      LaneScale scale[2];
-      read_scales<kBits, kFine>(scale, scales, stride, g, step, format.group_shift, format.kind);
-      uint32_t q0[4], q1[4];
-      unpack_step<kBits>(low, step, q0);
-      unpack_step<kBits>(high, step, q1);
-      const StepOperands operands(q0, q1);
-#pragma unroll
-      for (int n = 0; n < kSlotTiles; n++) {  // lanes whose slot there is not read another's: their sums are nobody's
-        const uint4 v = load16(x + (step * slots + min(n * 8 + g, slots - 1)) * kSlotNbytes + t * 16);
-        quant_step<kFine>(sum[n], operands, v, scale, format.kind != 0);
+      for (int s = 0; s < 2; s++) {
+        const int step = depth * 2 + s;
+        LaneScale scale[2];
+        read_scales<kBits, kFine>(scale, scales, stride, g, step, format.group_shift, format.kind);
+        uint32_t q0[4], q1[4];
+        unpack_step<kBits>(low, s, q0);
+        unpack_step<kBits>(high, s, q1);
+        const StepOperands operands(q0, q1);
+        // Lanes whose slot there is not read another's: their sums are nobody's.
+        const uint4 v = load16(x + (step * slots + min(g, slots - 1)) * kSlotNbytes + t * 16);
+        quant_step<kFine>(sum, operands, v, scale, format.kind != 0);
       }
     }
   }
@@ -138,20 +147,17 @@ struct QuantGemv {
     const int scale_nbytes = (kPackedSegment >> format.group_shift) * format.scale_nbytes();
     const unsigned char *scales = quants + kQuantRows * 32 * kBits + (segment * scale_nbytes & 15);
     const unsigned char *x = rows + at.within * kQuantSteps * slots * kSlotNbytes;
-    float sum[kSlotTiles][4] = {};
+    float sum[4] = {};
     if (format.group_shift == 4) {
       multiply<true>(quants, scales, x, format, sum);
     } else {
       multiply<false>(quants, scales, x, format, sum);
     }
     float *part = parts + (buffer * panel + at.within) * part_size();
-#pragma unroll
-    for (int n = 0; n < kSlotTiles; n++) {
-      const int slot = n * 8 + 2 * t;
-      if (slot >= slots) continue;
-      *reinterpret_cast<float2 *>(part + g * 2 * pairs + slot) = make_float2(sum[n][0], sum[n][1]);
-      *reinterpret_cast<float2 *>(part + (g + 8) * 2 * pairs + slot) = make_float2(sum[n][2], sum[n][3]);
-    }
+    const int slot = 2 * t;
+    if (slot >= slots) return;
+    *reinterpret_cast<float2 *>(part + g * 2 * pairs + slot) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2 *>(part + (g + 8) * 2 * pairs + slot) = make_float2(sum[2], sum[3]);
   }
 
   // The sum of a row's segments so far.
@@ -159,7 +165,7 @@ struct QuantGemv {
     const int i = r * 2 * pairs + slot, size = part_size();
     float total = first == 0 ? 0.f : totals[local * size + i];
     const float *part = parts + buffer * panel * size + i;
-#pragma unroll 8
+#pragma unroll 4
     for (int s = 0; s < count(first); s++) total += part[s * size];
     if (first + panel < segments) totals[local * size + i] = total;
     return total;
@@ -176,7 +182,7 @@ struct QuantGemv {
 #pragma unroll
       for (int u = 0; u < Op::kUnit; u++) {
         const float whole = add_parts(first, buffer, local, u * 8 + r, token);
-        values[u] = (kPlanes == 1 ? whole : join_planes(whole, add_parts(first, buffer, local, u * 8 + r, op.T + token))) * unscale[token];
+        values[u] = join_planes(whole, add_parts(first, buffer, local, u * 8 + r, op.T + token)) * unscale[token];
       }
       if (first + panel < segments) continue;
       const int unit = Op::kUnit == 1 ? 2 * tile + r / 8 : tile;
@@ -185,14 +191,14 @@ struct QuantGemv {
   }
 };
 
-// `panel` is what the launch has laid shared memory out for. `scratch`: prepared slots, if kPrepared.
-template <int kBits, int kSlotTiles, int kPlanes, bool kPrepared, class Op>
-__device__ __forceinline__ void quant_gemv(const Op &op, int panel, void *scratch) {
-  using Kernel = QuantGemv<kBits, kSlotTiles, kPlanes, kPrepared, Op>;
+// `scratch`: prepared slots, if kPrepared; else op.T is 1.
+template <int kBits, bool kPrepared, class Op>
+__device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
+  using Kernel = QuantGemv<kBits, kPrepared, Op>;
   DYN_SHARED(unsigned char, shared);
   SHARED(float, reduction, kQuantWarps);
   SHARED(float, unscale, 1);
-  const Kernel kernel(op, shared, panel);
+  const Kernel kernel(op, shared);
   const auto copy = [&](typename Kernel::Cursor at, int stage) {
     if (at.first < kernel.segments) {
       unsigned char *to = kernel.ring + stage * Kernel::kStageNbytes;
@@ -206,7 +212,7 @@ __device__ __forceinline__ void quant_gemv(const Op &op, int panel, void *scratc
 #pragma unroll 1
   for (int s = 0; s < Kernel::kStages; s++) copy(copied, s), kernel.advance(copied);
 
-  const SlotRows prepared(scratch, op.T, op.K, kPlanes);
+  const SlotRows prepared(scratch, op.T, op.K, kQuantPlanes);
   RowFactors f{};
   const float *unscales = prepared.unscale;
   if constexpr (!kPrepared) {

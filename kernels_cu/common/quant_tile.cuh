@@ -4,8 +4,6 @@
 // The layout (packed_types.py) is the operand's own, so a lane unpacks the words it reads in place: integers q that f16 holds
 // exactly, multiplied exactly, summed in f32 over a group, and scaled then. No weight is ever rounded. Where a format has
 // an offset, a second product with ones gives the sums of activations it is multiplied with.
-//
-// Every kernel goes through these functions, so the order in which an output is summed never depends on kernel or shape.
 #pragma once
 
 #include "packed.cuh"
@@ -68,21 +66,25 @@ __device__ __forceinline__ int quant_piece(int r, int piece) {
   return r * (32 * kBits) + (kBits >= 4 ? piece ^ (r & 1) << 2 : piece) * 16;
 }
 
-// The words of a lane's row that hold steps `step` .. of a segment: one read serves kStepsOfRead steps.
-template <int kBits>
-constexpr int kStepsOfRead = kBits == 8 ? 2 : kBits == 4 ? 4 : 8;
+// A lane's integers of one row and two steps (64 elements).
+constexpr int kQuantDepths = kQuantSteps / 2;
 template <int kBits>
 struct LaneQuants {
-  uint32_t words[kBits == 1 ? 2 : 4];
+  static constexpr int kWords = kBits == 1 ? 1 : kBits / 2;
+  uint32_t words[kWords];
 
-  // `row` is row r of a tile in shared memory.
-  __device__ __forceinline__ void read(const unsigned char *tile, int r, int t, int step) {
-    if constexpr (kBits == 1) {
-      const uint2 v = *reinterpret_cast<const uint2 *>(tile + r * 32 + t * 8);
-      words[0] = v.x, words[1] = v.y;
-    } else {
-      const uint4 v = load16(tile + quant_piece<kBits>(r, step / kStepsOfRead<kBits> * 4 + t));
+  // Row r of a tile in shared memory, the two steps `depth`.
+  __device__ __forceinline__ LaneQuants(const unsigned char *tile, int r, int t, int depth) {
+    if constexpr (kBits == 8) {
+      const uint4 v = load16(tile + quant_piece<8>(r, depth * 4 + t));
       words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (kBits == 4) {
+      const uint2 v = *reinterpret_cast<const uint2 *>(tile + quant_piece<4>(r, depth / 2 * 4 + t) + depth % 2 * 8);
+      words[0] = v.x, words[1] = v.y;
+    } else if constexpr (kBits == 2) {
+      words[0] = *reinterpret_cast<const uint32_t *>(tile + quant_piece<2>(r, t) + depth * 4);
+    } else {
+      words[0] = *reinterpret_cast<const uint32_t *>(tile + r * 32 + t * 8 + depth / 2 * 4) >> depth % 2 * 8;
     }
   }
 };
@@ -110,30 +112,30 @@ __device__ __forceinline__ uint32_t integers_to_halves(uint32_t masked, float le
 #endif
 }
 
-// The integers q of a step: two words for the first mma, {k, k+1} and {k+2, k+3} of the lane, and two for the second.
+// The integers q of step 0 or 1: two words for the first mma, {k, k+1} and {k+2, k+3} of the lane, and two for the second.
 template <int kBits>
 __device__ __forceinline__ void unpack_step(const LaneQuants<kBits> &from, int step, uint32_t (&q)[4]) {
   if constexpr (kBits == 8) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint32_t w = from.words[step % 2 * 2 + i];
+      const uint32_t w = from.words[step * 2 + i];
       q[2 * i] = integers_to_halves<0, false>(w & 0x00ff00ffu, 128.f);
       q[2 * i + 1] = integers_to_halves<0, false>(w >> 8 & 0x00ff00ffu, 128.f);
     }
   } else if constexpr (kBits == 4) {
-    const uint32_t w = from.words[step % 4], high = w >> 8;
+    const uint32_t w = from.words[step], high = w >> 8;
     q[0] = integers_to_halves<0, false>(w & 0x000f000fu, 8.f);
     q[1] = integers_to_halves<4, false>(w & 0x00f000f0u, 8.f);
     q[2] = integers_to_halves<0, false>(high & 0x000f000fu, 8.f);
     q[3] = integers_to_halves<4, false>(high & 0x00f000f0u, 8.f);
   } else if constexpr (kBits == 2) {
-    const uint32_t w = from.words[step / 2] >> step % 2 * 8;
+    const uint32_t w = from.words[0] >> step * 8;
     q[0] = integers_to_halves<0, true>(w & 0x00030003u, 3.f);
     q[1] = integers_to_halves<2, true>(w & 0x000c000cu, 3.f);
     q[2] = integers_to_halves<4, true>(w & 0x00300030u, 3.f);
     q[3] = integers_to_halves<6, true>(w & 0x00c000c0u, 3.f);
   } else {
-    const uint32_t w = from.words[step / 4] >> step % 4 * 4;
+    const uint32_t w = from.words[0] >> step * 4;
 #pragma unroll
     for (int i = 0; i < 4; i++) q[i] = (w << (15 - i) & 0x80008000u) ^ 0xbc00bc00u;  // 1.0, or -1.0 for a 0
   }
@@ -174,7 +176,7 @@ struct StepOperands {
 };
 
 // sum[16 rows x 8 slots] += weights . activations over 32 elements. x: a lane's four values of slot g for each mma.
-// kFine: groups of 16, a scale per mma; `scale[1]` is the second's.
+// kFine: a scale per mma, for groups of 16 and more; `scale[1]` is the second's. Else one for both.
 template <bool kFine>
 __device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &w, uint4 x, const LaneScale (&scale)[2], bool has_offset) {
   const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}}, ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
@@ -204,8 +206,8 @@ __device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &
 template <int kBits, bool kFine>
 __device__ __forceinline__ void read_scales(LaneScale (&scale)[2], const unsigned char *scales, int stride, int g, int step, int group_shift, int kind) {
   if constexpr (kFine) {
-    scale[0] = LaneScale::read<kBits>(scales, stride, g, 2 * step, kind);
-    scale[1] = LaneScale::read<kBits>(scales, stride, g, 2 * step + 1, kind);
+    scale[0] = LaneScale::read<kBits>(scales, stride, g, step * 32 >> group_shift, kind);
+    scale[1] = LaneScale::read<kBits>(scales, stride, g, (step * 32 + 16) >> group_shift, kind);
   } else {
     scale[0] = LaneScale::read<kBits>(scales, stride, g, step * 32 >> group_shift, kind);
   }
