@@ -121,7 +121,8 @@ struct QuantGemv {
                                            float (&sum)[4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int stride = scale_stride((kPackedSegment >> format.group_shift) * format.scale_nbytes());
-#pragma unroll 2
+    constexpr int kUnroll = kBits == 8 ? 1 : 2;
+#pragma unroll kUnroll
     for (int depth = 0; depth < kQuantDepths; depth++) {
       const LaneQuants<kBits> low(quants, g, t, depth), high(quants, g + 8, t, depth);
 #pragma unroll

@@ -15,12 +15,11 @@ TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS / "ops"), str(TESTS / "e2e")]
 
 from cuda_models import kernels  # noqa: E402
-from cuda_runner import DriverRunner, kernel_ops  # noqa: E402
+from cuda_runner import DEVICE_WEIGHTS, DriverRunner, kernel_ops  # noqa: E402
 from cuda_tolerance import activations_for, contract_for  # noqa: E402
 from op_harness import label, run_case, storages  # noqa: E402
 from op_memory import Storage  # noqa: E402
 
-from gllm_driver.launch import WEIGHT_DTYPES  # noqa: E402
 from gllm_driver.ops import CONTRACTS  # noqa: E402
 from gllm_driver.ops.contract import Case  # noqa: E402
 
@@ -39,7 +38,7 @@ def parameters() -> Iterator[Any]:
         contract = CONTRACTS[op]
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case, WEIGHT_DTYPES):
+            for storage in storages(contract, case, DEVICE_WEIGHTS):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 yield pytest.param(op, case, storage, index, id=name)
                 index += 1

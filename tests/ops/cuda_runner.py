@@ -23,7 +23,7 @@ from op_harness import Runner
 
 from gllm_driver.launch import DeviceProps, Launch, launches
 from gllm_driver.ops import CONTRACTS
-from gllm_driver.types import Tensor
+from gllm_driver.types import FLOAT_DTYPES, Tensor
 
 if TYPE_CHECKING:
     from gllm_driver.driver.memory import DeviceBuffer
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 ALIGNMENT = 256  # arrays lie on the device as they lie here, relative to this
 SCRATCH_GUARD = 4096
+# Types weights have on a device: every width and kind, group sizes in turn; test_cuda_packed.py has them all.
+DEVICE_WEIGHTS = (*FLOAT_DTYPES, "p8_32", "p4_32", "p4_32m", "p2_16m", "p1_32")
 
 
 def kernel_ops() -> list[str]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from op_judge import Alternatives, Judge, first_difference
-from op_memory import Placed, Storage, decode, encode
+from op_memory import Placed, Storage, decode, dtype_named, encode
 
 from gllm_driver.ops._sample_reference import certain_rows
 from gllm_driver.ops.contract import Case, Contract
-from gllm_driver.types import DTYPES, FLOAT_DTYPES, WEIGHT_DTYPES, Tensor
+from gllm_driver.packed_types import packed_dtype
+from gllm_driver.types import FLOAT_DTYPES, WEIGHT_DTYPES, Tensor
 
 Runner = Callable[[str, Mapping[str, Tensor | None], Mapping[str, float]], None]
 
@@ -36,9 +37,10 @@ def storages(contract: Contract, case: Case, weights: Collection[str] = BASIC_WE
             continue
         allowed: Collection[str] = case.storage.get(array.name, array.dtypes)
         if array.dtypes == WEIGHT_DTYPES:
-            allowed = [d for d in allowed if d in weights]
+            packed = [p.name for d in allowed if array.packed and (p := packed_dtype(d))]
+            allowed = [d for d in dict.fromkeys((*allowed, *packed)) if d in weights]
         row = case.arrays[array.name].shape[-1]
-        usable = [d for d in allowed if row % DTYPES[d].block_size == 0]
+        usable = [d for d in allowed if row % dtype_named(d).block_size == 0]
         assert usable or len(allowed) == 1, f"{contract.name} {case.label}: {array.name} fits no dtype"
         if not usable:
             return
@@ -71,14 +73,14 @@ def run_case(
     for i, (name, values) in enumerate(case.arrays.items()):
         data = encode(values, storage[name])
         inputs[name] = decode(data, storage[name], values.shape)
-        placed[name] = Placed(data, DTYPES[storage[name]], values.shape, shift * (i + 1))
+        placed[name] = Placed(data, dtype_named(storage[name]), values.shape, shift * (i + 1))
     judge = Judge(contract, case, storage, inputs, alternatives)
     for array in contract.arrays:
         if array.role == "out":
             shared = case.aliases.get(array.name)
             shape = judge.exact[array.name].shape
             placed[array.name] = (
-                placed[shared] if shared else Placed.unwritten(DTYPES[judge.dtype(array)], shape, shift)
+                placed[shared] if shared else Placed.unwritten(dtype_named(judge.dtype(array)), shape, shift)
             )
     tensors = {a.name: placed[a.name].tensor if a.name in placed else None for a in contract.arrays}
     runner(contract.name, tensors, case.scalars)

@@ -14,6 +14,7 @@ import numpy as np
 from op_memory import Storage, rounded
 
 from gllm_driver.ops.contract import Array, Case, Contract
+from gllm_driver.packed_types import PACKED_DTYPES
 from gllm_driver.quant.formats import FORMATS
 
 
@@ -111,7 +112,7 @@ class Judge:
         self.alternatives = dict(alternatives or {})
         self.contract, self.case, self.storage, self.inputs = contract, case, storage, inputs
         self.scalars = {k: float(np.float32(v)) for k, v in case.scalars.items()}
-        self.block_weights = frozenset(n for n, d in storage.items() if d in FORMATS)
+        self.block_weights = frozenset(n for n, d in storage.items() if d in FORMATS or d in PACKED_DTYPES)
         has_products = "activation" in inspect.signature(contract.reference).parameters
         self.int8 = has_products and bool(self.block_weights)
         self.exact = contract.reference(inputs, self.scalars)

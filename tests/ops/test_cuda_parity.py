@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import ROOT, direct, kernel_ops, simulated_driver
+from cuda_runner import DEVICE_WEIGHTS, ROOT, direct, kernel_ops, simulated_driver
 from cuda_tolerance import activations_for, contract_for
 from op_harness import label, run_case, storages
 from op_memory import Storage
 
 from gllm_driver.config import SamplingConfig
-from gllm_driver.launch import WEIGHT_DTYPES, Launch
+from gllm_driver.launch import Launch
 from gllm_driver.launch import kv_pages as kv_pages_launch
 from gllm_driver.launch import sample as sample_launch
 from gllm_driver.ops import CONTRACTS
@@ -31,7 +31,7 @@ def parameters() -> list[Any]:
         contract = CONTRACTS[op]
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case, WEIGHT_DTYPES):
+            for storage in storages(contract, case, DEVICE_WEIGHTS):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 found.append(pytest.param(op, case, storage, len(found), id=name))
     return found
@@ -54,7 +54,7 @@ def test_aligned_rows_take_the_vector_paths() -> None:
         for case in (norm, added):
             run_case(CONTRACTS["rms_norm"], case, {"x": "f32", "weight": "f32", "residual": "f32"}, direct())
         lookup = Case(f"{D}", {"ids": ids, "weight": x})
-        for storage in storages(CONTRACTS["embedding"], lookup, WEIGHT_DTYPES):
+        for storage in storages(CONTRACTS["embedding"], lookup, DEVICE_WEIGHTS):
             run_case(CONTRACTS["embedding"], lookup, storage, direct())
 
 

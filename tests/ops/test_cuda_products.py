@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_runner import hostsim_folder, kernel_ops
+from cuda_runner import DEVICE_WEIGHTS, hostsim_folder, kernel_ops
 from cuda_tolerance import activations_for
 from op_harness import label, run_case, storages
-from op_memory import Placed, Storage, decode, encode
+from op_memory import Placed, Storage, decode, dtype_named, encode
 from test_cuda_parity import ROOT
 
-from gllm_driver.launch import WEIGHT_DTYPES, DeviceProps, Launch, launches
+from gllm_driver.launch import DeviceProps, Launch, launches
+from gllm_driver.launch import _packed as packed
 from gllm_driver.launch import _products as products
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops._case_tools import normal, rng
 from gllm_driver.ops.contract import Case
+from gllm_driver.packed_types import PACKED_DTYPES
 from gllm_driver.types import DTYPES, Tensor
 
 pytestmark = pytest.mark.hostsim
@@ -46,7 +48,7 @@ def parameters() -> list[Any]:
         contract = CONTRACTS[op]
         assert contract.cases is not None
         for case in contract.cases():
-            for storage in storages(contract, case, WEIGHT_DTYPES):
+            for storage in storages(contract, case, DEVICE_WEIGHTS):
                 name = "-".join(filter(None, (op, case.label, label(contract, storage))))
                 found.append(pytest.param(op, case, storage, id=name))
     return found
@@ -55,15 +57,14 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize(("op", "case", "storage"), parameters())
 def test_default_mode(op: str, case: Case, storage: Storage) -> None:
     """With few tokens nothing is rounded that f32 holds; aligned memory, so tensor cores get all they can take."""
-    weights = {storage[name] for name in ("weight", "gate", "up", "wq", "wk", "wv") if name in storage}
-    exact = 10 if any(DTYPES[dtype].is_quantized for dtype in weights) else products.MAX_DOT_TOKENS
+    exact = packed.FEW_TOKENS if any(d in PACKED_DTYPES for d in storage.values()) else products.MAX_DOT_TOKENS
     alternatives = {} if len(case.arrays["x"]) <= exact else activations_for(op, storage)
     run_case(CONTRACTS[op], case, storage, run, alternatives=alternatives)
 
 
 def results(op: str, arrays: Mapping[str, np.ndarray], storage: Storage, scalars: Mapping[str, float]) -> Any:
     """Every output, as computed in deterministic mode."""
-    placed = {n: Placed(encode(a, storage[n]), DTYPES[storage[n]], a.shape, 0) for n, a in arrays.items()}
+    placed = {n: Placed(encode(a, storage[n]), dtype_named(storage[n]), a.shape, 0) for n, a in arrays.items()}
     T = len(arrays["x"])
     for name, width in (("out", arrays.get("weight", arrays.get("gate"))), ("q", arrays.get("wq"))):
         if width is not None:
@@ -77,7 +78,7 @@ LENGTHS = (1, 2, 5, 16, 17, 33)
 
 
 @pytest.mark.parametrize("K", [96, 768, 2848])
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("dtype", DEVICE_WEIGHTS)
 @pytest.mark.parametrize("op", ["linear", "fused_gate_up_silu"])
 def test_a_token_gets_the_same_bits_whatever_the_number_of_tokens(op: str, dtype: str, K: int) -> None:
     g = rng("same bits", K)
@@ -98,7 +99,7 @@ def test_a_token_gets_the_same_bits_whatever_the_number_of_tokens(op: str, dtype
 
 
 @pytest.mark.parametrize("has_head_norms", [False, True])
-@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("dtype", DEVICE_WEIGHTS)
 def test_heads_get_the_same_bits_whatever_the_number_of_tokens(dtype: str, has_head_norms: bool) -> None:
     g = rng("same heads")
     hidden, heads, kv_heads, head_dim, page_size = 544, 4, 2, 32, 16
@@ -146,30 +147,30 @@ def of_linear(
     """The launches of a linear; nothing is run."""
     tensors: dict[str, Tensor | None] = {
         "x": Tensor(256, (T, K), DTYPES["f32"]),
-        "weight": Tensor(address, (N, K), DTYPES[dtype]),
+        "weight": Tensor(address, (N, K), dtype_named(dtype)),
         "out": Tensor(256, (T, N), DTYPES["f32"]),
     }
     return launches("linear", CONTRACTS["linear"].bind(tensors), {"weight": dtype}, device, False)
 
 
 def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
-    for dtype in ("f32", "f16", "bf16", "q8_0", "q4_0"):
+    for dtype in ("f32", "f16", "bf16", "p8_32", "p4_32m", "p2_16m", "p1_128"):
         for N in (1024, 4096, 151_936):
             (launch,) = of_linear(dtype, 1, 3072, N)
-            is_float = not DTYPES[dtype].is_quantized
-            family = f"dot_{dtype}_t1_r{2 if N == 1024 else 4}" if is_float else f"gemv_{dtype}_p2_m1"
+            is_packed = dtype in PACKED_DTYPES
+            family = f"gemv_q{dtype[1]}_one" if is_packed else f"dot_{dtype}_t1_r{2 if N == 1024 else 4}"
             assert launch.symbol == f"linear__{family}"
-            assert launch.grid[0] >= 128
+            assert launch.grid[0] >= (64 if is_packed else 128)  # there are no more tiles of sixteen rows
             assert launch.smem_nbytes <= H200_LIKE.max_smem_optin
             assert launch.overlaps
-            if is_float:  # a block has its multiprocessor to itself
+            if not is_packed:  # a block has its multiprocessor to itself
                 assert 2 * launch.smem_nbytes > H200_LIKE.max_smem_optin
 
 
 def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
-    for dtype in ("f16", "bf16", "q8_0", "q4_0"):
+    for dtype in ("f16", "bf16", *PACKED_DTYPES):
         for T in (*range(1, 18), 64, 4096):
-            for K in (64, 4096, 28_672):
+            for K in (128, 4096, 28_672):
                 assert all(launch.smem_nbytes <= 99 << 10 for launch in of_linear(dtype, T, K, 4096, device=SMALLEST))
 
 
@@ -177,7 +178,7 @@ def test_what_tensor_cores_cannot_take_goes_to_the_plain_kernel() -> None:
     for launch in (
         of_linear("f32", 8, 64, 64),
         of_linear("f16", 1, 65, 64),
-        of_linear("q8_0", 1, 64, 64, address=258),
+        of_linear("p8_32", 1, 64, 64, address=264),
         of_linear("bf16", 8, 64, 64, device=DeviceProps(cc=(7, 5), num_sms=40, max_smem_optin=64 << 10)),
     ):
         assert [one.symbol for one in launch] == ["linear__plain"]
