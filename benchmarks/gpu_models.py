@@ -16,7 +16,9 @@ from gllm_driver.config import KvCacheConfig
 from gllm_driver.models.arch import Arch, tensor_slots
 from gllm_driver.models.decoder import Decoder
 from gllm_driver.models.rope import rope_inv_freq
+from gllm_driver.packed_types import PackedDType, packed_dtype
 from gllm_driver.quant.formats import FORMATS
+from gllm_driver.quant.packed import Parts, pack_parts
 from gllm_driver.types import DTYPES, DType, Tensor
 
 _LLAMA_8B = Arch("llama", 128_256, 4096, 14_336, 32, 32, 8, 128, 131_072, norm_eps=1e-5, rope_theta=5e5, rotary_dim=128)
@@ -56,14 +58,24 @@ ARCHS = {
 PATTERN_ELEMENTS = 1 << 22  # random elements, repeated over each tensor
 
 
-def pattern(dtype: DType) -> np.ndarray:
-    """Bytes of PATTERN_ELEMENTS random weights."""
+def pattern(dtype: DType, K: int) -> np.ndarray:
+    """Bytes of about PATTERN_ELEMENTS random weights, whole rows of K in packed types."""
+    if isinstance(dtype, PackedDType):
+        g, rows = np.random.default_rng(0), PATTERN_ELEMENTS // 4 // K + 1
+        u = g.integers(0, 1 << dtype.bits, (rows, K), np.uint8)
+        d = (g.random((rows, K // dtype.block_size)) * 0.04 / (1 << dtype.bits)).astype(np.float16)
+        return pack_parts(Parts(u, d, -d * np.float16((1 << dtype.bits) / 2)), dtype).reshape(-1)
     values = np.random.default_rng(0).standard_normal(PATTERN_ELEMENTS, dtype=np.float32) * np.float32(0.02)
     if dtype.is_quantized:
         return FORMATS[dtype.name].quantize(values.reshape(-1, 4096)).reshape(-1)
     if dtype.name == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
     return values.astype({"f16": np.float16, "f32": np.float32}[dtype.name]).view(np.uint8)
+
+
+def held_as(stored: str) -> DType:
+    """The type in which a device holds weights stored as `stored`."""
+    return packed_dtype(stored) or DTYPES[stored]
 
 
 class DeviceArrays:
@@ -82,9 +94,10 @@ class DeviceArrays:
 
     def random(self, shape: tuple[int, ...], dtype: DType) -> Tensor:
         """Random weights."""
-        if dtype.name not in self._patterns:
-            self._patterns[dtype.name] = self.upload(pattern(dtype), DTYPES["u8"])
-        source = self._patterns[dtype.name]
+        key = f"{dtype.name} {shape[-1]}" if isinstance(dtype, PackedDType) else dtype.name
+        if key not in self._patterns:
+            self._patterns[key] = self.upload(pattern(dtype, shape[-1]), DTYPES["u8"])
+        source = self._patterns[key]
         nbytes = prod(shape[:-1]) * dtype.row_nbytes(shape[-1])
         buffer = self.device.alloc(nbytes)
         with self.device:
@@ -103,7 +116,7 @@ def random_model(backend: CudaBackend, arch: Arch, dtype: str, context: int) -> 
     """Weights and a KV cache on the device."""
     arrays, tensors, nbytes = DeviceArrays(backend), {}, 0
     for slot, shape in tensor_slots(arch).items():
-        tensors[slot] = arrays.random(shape, DTYPES[dtype]) if len(shape) > 1 else arrays.ones(shape[0])
+        tensors[slot] = arrays.random(shape, held_as(dtype)) if len(shape) > 1 else arrays.ones(shape[0])
         nbytes += tensors[slot].nbytes
     inv_freq, factor = rope_inv_freq(arch, None, context)
     tensors["rope_inv_freq"] = arrays.upload(np.ascontiguousarray(inv_freq, np.float64))

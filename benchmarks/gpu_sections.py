@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu_models import ARCHS, DeviceArrays, copy_bandwidth, random_model, read_nbytes, seconds_of
+from gpu_models import ARCHS, DeviceArrays, copy_bandwidth, held_as, random_model, read_nbytes, seconds_of
 
 import gllm_driver as gllm
 from gllm_driver.backends.base import DecodeRow, KvCacheHandle, ModelWeights, WeightsHandle
@@ -23,7 +23,7 @@ from gllm_driver.backends.cuda import CudaBackend
 from gllm_driver.config import KvCacheConfig, SamplingConfig
 from gllm_driver.driver import probe
 from gllm_driver.errors import GllmError
-from gllm_driver.types import DTYPES, BatchInput, SequenceInput, Tensor
+from gllm_driver.types import BatchInput, SequenceInput, Tensor
 
 L2_NBYTES = 256 << 20  # weights a timing cycles through: several times any L2 cache
 
@@ -232,7 +232,7 @@ def ops(settings: Settings) -> None:
 
 
 def _op_rows(settings: Settings, backend: CudaBackend, op: str, dtype: str, peak: float) -> None:
-    arrays, kind = DeviceArrays(backend), DTYPES[dtype]
+    arrays, kind = DeviceArrays(backend), held_as(dtype)
     D, F = (128, 256) if "tiny" in settings.shapes else (4096, 14_336)
     shape, per_call = ((D, F), 1) if op == "linear" else ((F, D), 2)
     nbytes = shape[0] * kind.row_nbytes(shape[1]) * per_call

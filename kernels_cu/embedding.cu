@@ -42,6 +42,7 @@ EMBEDDING(bf16, BF16)
 
 // Packed weights of every width: the order of elements in memory is not theirs, so each is picked alone.
 extern "C" __global__ void __launch_bounds__(kEmbeddingThreads) embedding__packed(const __grid_constant__ EmbeddingArgs a) {
+  overlap_launches();
   const int64_t t = blockIdx.x;
   const PackedRow row(PackedFormat(a.weight_dtype), a.weight, a.ids[t], a.D);
   const int first = blockIdx.y * kEmbeddingThreads * 8, end = min(a.D, first + kEmbeddingThreads * 8);

@@ -7,12 +7,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ..packed_types import packed_dtype
 from ..types import FLOAT_DTYPES
+from ..types import WEIGHT_DTYPES as STORED_DTYPES
 from .base import DeviceProps, Launch
 
 __all__ = ["WEIGHT_DTYPES", "DeviceProps", "Launch", "launches"]
 
-WEIGHT_DTYPES: tuple[str, ...] = (*FLOAT_DTYPES, "q8_0", "q4_0")  # stored types that products and look-ups compute
+# Types of stored weights that a device computes with: floats, and block formats by way of a packed type.
+WEIGHT_DTYPES: tuple[str, ...] = tuple(d for d in STORED_DTYPES if d in FLOAT_DTYPES or packed_dtype(d))
 
 
 def launches(

@@ -1,7 +1,7 @@
 """Launches of products with packed weights: one token, few, many (kernels_cu/common/quant_gemv.cuh and quant_mma.cuh).
 
-In deterministic mode every number of tokens takes the kernels of many, whose sums have one order; otherwise up to FEW_TOKENS
-tokens are multiplied in two planes of f16, which lose nothing of f32.
+In deterministic mode every number of tokens takes the kernels of many, whose sums have one order; otherwise up to
+FEW_TOKENS tokens are multiplied in two planes of f16, which lose nothing of f32.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def products(
     few = T <= FEW_TOKENS and not deterministic
     planes = PLANES if few else 1
     scratch = workspace_nbytes + ceil_div(K, SEGMENT) * SLOT_NBYTES * T * planes + 4 * T
-    found = [Launch(f"{op}__slots_p{planes}", (T, 1, 1), (THREADS, 1, 1), 0, scratch)]
+    found = [Launch(f"{op}__slots_p{planes}", (T, 1, 1), (THREADS, 1, 1), 0, scratch, overlaps=True)]
     for width in bits:
         if few:
             found.append(_gemv(op, "few", width, T, K, tiles, device, scratch))
@@ -85,7 +85,9 @@ def _tile_nbytes(bits: int) -> int:
     return TILE_ROWS * (32 * bits + 64)
 
 
-def _gemv(op: str, name: str, bits: int, T: int, K: int, tiles: int, device: DeviceProps, workspace_nbytes: int) -> Launch:
+def _gemv(
+    op: str, name: str, bits: int, T: int, K: int, tiles: int, device: DeviceProps, workspace_nbytes: int
+) -> Launch:
     slots, segments = T * PLANES, ceil_div(K, SEGMENT)
     ring = WARPS * STAGES[bits] * _tile_nbytes(bits)
     part = TILE_ROWS * slots * 4
@@ -98,13 +100,15 @@ def _gemv(op: str, name: str, bits: int, T: int, K: int, tiles: int, device: Dev
     if whole > limit:  # panel after panel: sums of the block's tiles wait in shared memory
         kept = ceil_div(tiles, grid) * part
         smem_nbytes = ring + kept + max(1, (limit - ring - kept) // each) * each
-    return Launch(f"{op}__gemv_q{bits}_{name}", (grid, 1, 1), (THREADS, 1, 1), smem_nbytes, workspace_nbytes)
+    return Launch(
+        f"{op}__gemv_q{bits}_{name}", (grid, 1, 1), (THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True
+    )
 
 
 def _mma(op: str, bits: int, T: int, tiles: int, device: DeviceProps, workspace_nbytes: int) -> Launch:
     blocks = ceil_div(T, LARGE.tokens) * ceil_div(tiles * TILE_ROWS, LARGE.rows)
     fits_large = LARGE.smem_nbytes(bits) <= device.max_smem_optin - STATIC_NBYTES
-    shape = LARGE if fits_large and 2 * blocks >= device.num_sms and T > SMALL.tokens else SMALL
+    shape = LARGE if fits_large and 2 * blocks >= device.num_sms and SMALL.tokens < T else SMALL
     grid = (ceil_div(tiles * TILE_ROWS, shape.rows), ceil_div(T, shape.tokens), 1)
     name = f"{op}__mma_q{bits}_{shape.tokens}x{shape.rows}"
-    return Launch(name, grid, (shape.threads, 1, 1), shape.smem_nbytes(bits), workspace_nbytes)
+    return Launch(name, grid, (shape.threads, 1, 1), shape.smem_nbytes(bits), workspace_nbytes, overlaps=True)

@@ -64,17 +64,14 @@ __device__ __forceinline__ void plain_row_of(const void *weight, int row, const 
   }
 }
 
-// Rows of packed weights, 16-byte aligned.
+// Rows of packed weights.
 __device__ __forceinline__ void packed_dot(const void *weight, int dtype, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-  const PackedFormat format(dtype);
-  const PackedRow data(format, weight, row, K);
-#pragma unroll 1
-  for (int k = threadIdx.x % 32; k < K; k += 32) {
-    const float w = data.element(k);
+  const PackedRow data(PackedFormat(dtype), weight, row, K);
 #pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens) sum[t] = fmaf(w, x[static_cast<int64_t>(t) * K + k], sum[t]);
-    }
+  for (int t = 0; t < kPlainTokens; t++) {
+    if (t >= tokens) break;
+#pragma unroll 1
+    for (int k = threadIdx.x % 32; k < K; k += 32) sum[t] = fmaf(data.element(k), x[static_cast<int64_t>(t) * K + k], sum[t]);
   }
 }
 

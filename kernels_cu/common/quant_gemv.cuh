@@ -213,6 +213,9 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
 #pragma unroll 1
   for (int s = 0; s < Kernel::kStages; s++) copy(copied, s), kernel.advance(copied);
 
+  allow_next_launch();
+  wait_for_earlier_launches();
+
   const SlotRows prepared(scratch, op.T, op.K, kQuantPlanes);
   RowFactors f{};
   const float *unscales = prepared.unscale;

@@ -117,6 +117,8 @@ __device__ __forceinline__ void quant_mma(const Op &op, void *scratch) {
   for (int m = 0; m < kTiles; m++) formats[m] = PackedFormat(op.packed(2 * (kernel.first_tile + kernel.warp_tile + m)).code);
 
   kernel.copy_weights(0, 0);
+  allow_next_launch();
+  wait_for_earlier_launches();
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; s++) {
     if (s < depths) kernel.copy_activations(s, s);

@@ -109,6 +109,7 @@ struct SlotRow {
 // One block per token: its slots.
 template <int kPlanes, bool kNorm>
 __device__ __forceinline__ void prepare_slots(const float *x, const RowNorm &norm, int T, int K, void *scratch) {
+  overlap_launches();
   SHARED(float, reduction, kSlotThreads / 32);
   const SlotRows out(scratch, T, K, kPlanes);
   const int t = blockIdx.x;

@@ -82,7 +82,9 @@ class Placed:
     """An array in the middle of poisoned memory, `shift` elements off a 64-byte boundary."""
 
     def __init__(self, data: np.ndarray, dtype: DType, shape: tuple[int, ...], shift: int) -> None:
-        element = 32 if isinstance(dtype, PackedDType) else 2 if dtype.is_quantized else dtype.block_nbytes  # blocks start with an f16
+        element = (
+            32 if isinstance(dtype, PackedDType) else 2 if dtype.is_quantized else dtype.block_nbytes
+        )  # blocks start with an f16
         poison = 0xA5 if dtype.name.startswith(("i", "u")) else 0xFF  # 0xFF… is NaN in every float type
         self.memory = np.full(data.size + 2 * GUARD + 64 + 8 * max(8, element), poison, np.uint8)
         start = GUARD + (-(self.memory.ctypes.data + GUARD)) % 64 + shift % 8 * element

@@ -1,4 +1,4 @@
-"""Products and look-ups with every packed type on the simulated device, against the weights the packed bytes stand for."""
+"""Products and look-ups with packed weights on the simulated device, against the weights that the bytes stand for."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from .transfer import Job, Span, Transfer, Window, windows
 
 JOB_NBYTES = 32 << 20  # of what is staged at a time
 DIRECT_JOB_NBYTES = 128 << 20  # of what is checked in its place at a time
-BLOCKS_ARE_PACKED = False  # whether products read packed types; else blocks lie as stored, packed only to be checked
+BLOCKS_ARE_PACKED = True  # whether products read packed types; else blocks lie as stored, packed only to be checked
 NUM_STAGES = 2  # one is converted while the next is filled
 FLAT = 1 << 14  # elements of a row of float tensors that are taken as one
 GRAIN = 128  # elements: where a float tensor may begin among others of its type
