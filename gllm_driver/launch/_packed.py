@@ -1,7 +1,6 @@
 """Launches of products with packed weights: one token, few, many (kernels_cu/common/quant_gemv.cuh and quant_mma.cuh).
 
-In deterministic mode every number of tokens takes the kernels of many, whose sums have one order; otherwise up to
-FEW_TOKENS tokens are multiplied in two planes of f16, which lose nothing of f32.
+In deterministic mode every number of tokens takes the kernels of many, whose sums have one order.
 """
 
 from __future__ import annotations
@@ -15,12 +14,17 @@ from .base import DeviceProps, Launch, ceil_div
 THREADS = 256
 WARPS = THREADS // 32
 TILE_ROWS = 16
-FEW_TOKENS = 4
-PLANES = 2
+FEW_TOKENS = 8
+EXACT_TOKENS = 4  # in two planes of f16, which lose nothing of f32
 SLOT_NBYTES = SEGMENT * 2
 STATIC_NBYTES = 1024  # the most the kernels have besides
 STAGES = {8: 2, 4: 3, 2: 4, 1: 4}
 PREFERRED_NBYTES = 112 << 10  # two blocks of a multiprocessor, where the device has so much
+
+
+def planes_of(T: int) -> int:
+    """Slots of a token in the kernels of one and few."""
+    return 2 if T <= EXACT_TOKENS else 1
 
 
 def is_packed(dtype: str) -> bool:
@@ -45,14 +49,15 @@ class Shape:
     tokens: int
     rows: int
     threads: int
-    stages: int = 3
+    stages: int
+    segments: int
 
     def smem_nbytes(self, bits: int) -> int:
-        return self.stages * self.tokens * 128 + 2 * self.rows // TILE_ROWS * _tile_nbytes(bits)
+        return self.stages * self.tokens * 128 + self.segments * self.rows // TILE_ROWS * _tile_nbytes(bits)
 
 
-LARGE = Shape(128, 128, 256)
-SMALL = Shape(32, 64, 128)
+LARGE = Shape(64, 128, 256, 3, 2)
+SMALL = Shape(32, 32, 128, 8, 3)
 
 
 def products(
@@ -69,7 +74,7 @@ def products(
     if T == 1 and not deterministic:
         return [_gemv(op, "one", width, T, K, tiles, device, workspace_nbytes) for width in bits]
     few = T <= FEW_TOKENS and not deterministic
-    planes = PLANES if few else 1
+    planes = planes_of(T) if few else 1
     scratch = workspace_nbytes + ceil_div(K, SEGMENT) * SLOT_NBYTES * T * planes + 4 * T
     found = [Launch(f"{op}__slots_p{planes}", (T, 1, 1), (THREADS, 1, 1), 0, scratch, overlaps=True)]
     for width in bits:
@@ -88,9 +93,9 @@ def _tile_nbytes(bits: int) -> int:
 def _gemv(
     op: str, name: str, bits: int, T: int, K: int, tiles: int, device: DeviceProps, workspace_nbytes: int
 ) -> Launch:
-    slots, segments = T * PLANES, ceil_div(K, SEGMENT)
+    slots, segments = T * planes_of(T), ceil_div(K, SEGMENT)
     ring = WARPS * STAGES[bits] * _tile_nbytes(bits)
-    part = TILE_ROWS * slots * 4
+    part = TILE_ROWS * (slots + slots % 2) * 4
     each = SLOT_NBYTES * slots + 2 * part  # of shared memory, per segment
     limit = min(device.max_smem_optin - STATIC_NBYTES, max(PREFERRED_NBYTES, ring + each))
     whole = ring + segments * each

@@ -23,8 +23,8 @@
   X(bf16, BF16, 64, 64, 2, 2, 4, false)
 
 // Packed weights: every width, and for each of them the kernels of one token, of few,
-// and of many (bits, tokens and weight rows of a block, warps along each, stages).
+// and of many (bits, tokens and weight rows of a block, warps along each, stages, segments).
 #define QUANT_VARIANTS(X) X(8) X(4) X(2) X(1)
-#define QUANT_MMA_VARIANTS_OF(X, bits) X(bits, 128, 128, 2, 4, 3) X(bits, 32, 64, 1, 4, 3)
+#define QUANT_MMA_VARIANTS_OF(X, bits) X(bits, 64, 128, 2, 4, 3, 2) X(bits, 32, 32, 2, 2, 8, 3)
 #define QUANT_MMA_VARIANTS(X) \
   QUANT_MMA_VARIANTS_OF(X, 8) QUANT_MMA_VARIANTS_OF(X, 4) QUANT_MMA_VARIANTS_OF(X, 2) QUANT_MMA_VARIANTS_OF(X, 1)

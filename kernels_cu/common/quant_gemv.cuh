@@ -1,6 +1,6 @@
 // quant_gemv.cuh - products of packed weights with few tokens: every weight is read once, as fast as memory gives it.
 //
-// Up to eight slots of activations (quant_rows.cuh), two planes of four tokens, stand in shared memory as the B operand of mma, sixteen weight
+// Up to eight slots of activations (quant_rows.cuh), two planes of up to four tokens or one of eight, stand in shared memory as the B operand of mma, sixteen weight
 // rows are the A operand. A block goes through tiles of sixteen rows, blockIdx.x, blockIdx.x + gridDim.x, ...; its warps share
 // out the segments of K. Each warp has a ring of its own that 16-byte asynchronous copies keep full across tiles, so memory
 // is read without pause; the only barrier is one per tile. Where activations do not fit shared memory, all tiles are done for
@@ -21,6 +21,7 @@ constexpr int kQuantThreads = kSlotThreads;
 constexpr int kQuantBlocks = 2;  // of a multiprocessor that registers must suffice for
 constexpr int kQuantWarps = kQuantThreads / 32;
 constexpr int kQuantPlanes = 2;        // what f32 holds of an activation
+constexpr int kMaxExactTokens = 4;     // more have one plane
 constexpr int kQuantScaleNbytes = 64;  // the most a row has in a segment
 
 template <int kBits>
@@ -61,12 +62,12 @@ struct QuantGemv {
   static constexpr int kItems = Op::kUnit == 1 ? kQuantRows : kUnitRows8;  // results of a token in a tile
 
   const Op &op;
-  const int slots, pairs, segments, panel, tiles;  // panel: segments of K at a time
+  const int planes, slots, pairs, segments, panel, tiles;  // panel: segments of K at a time
   unsigned char *ring, *rows;                      // this warp's ring; activations of the panel
   float *parts, *totals;                           // [2][panel][16][2 pairs]; [tile of the block][16][2 pairs], if there are panels
 
   __device__ __forceinline__ QuantGemv(const Op &o, unsigned char *shared)
-      : op(o), slots(o.T * kQuantPlanes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_of_launch()), tiles(num_quant_tiles(o)) {
+      : op(o), planes(o.T <= kMaxExactTokens ? kQuantPlanes : 1), slots(o.T * planes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_of_launch()), tiles(num_quant_tiles(o)) {
     ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
     rows = shared + kQuantWarps * kStages * kStageNbytes;
     parts = reinterpret_cast<float *>(rows + panel * kQuantSteps * slots * kSlotNbytes);
@@ -116,7 +117,7 @@ struct QuantGemv {
     }
   }
 
-  template <bool kFine>
+  template <bool kFine, bool kOffset>
   __device__ __forceinline__ void multiply(const unsigned char *quants, const unsigned char *scales, const unsigned char *x, const PackedFormat &format,
                                            float (&sum)[4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -129,14 +130,14 @@ struct QuantGemv {
       for (int s = 0; s < 2; s++) {
         const int step = depth * 2 + s;
         LaneScale scale[2];
-        read_scales<kBits, kFine>(scale, scales, stride, g, step, format.group_shift, format.kind);
+        read_scales<kBits, kFine, kOffset>(scale, scales, stride, g, step, format.group_shift, format.kind);
         uint32_t q0[4], q1[4];
         unpack_step<kBits>(low, s, q0);
         unpack_step<kBits>(high, s, q1);
         const StepOperands operands(q0, q1);
         // Lanes whose slot there is not read another's: their sums are nobody's.
         const uint4 v = load16(x + (step * slots + min(g, slots - 1)) * kSlotNbytes + t * 16);
-        quant_step<kFine>(sum, operands, v, scale, format.kind != 0);
+        quant_step<kFine, kOffset>(sum, operands, v, scale);
       }
     }
   }
@@ -149,10 +150,12 @@ struct QuantGemv {
     const unsigned char *scales = quants + kQuantRows * 32 * kBits + (segment * scale_nbytes & 15);
     const unsigned char *x = rows + at.within * kQuantSteps * slots * kSlotNbytes;
     float sum[4] = {};
-    if (format.group_shift == 4) {
-      multiply<true>(quants, scales, x, format, sum);
+    if (format.kind == 0 && format.group_shift > 4) {
+      multiply<false, false>(quants, scales, x, format, sum);
+    } else if (format.kind == 0) {
+      multiply<true, false>(quants, scales, x, format, sum);
     } else {
-      multiply<false>(quants, scales, x, format, sum);
+      multiply<true, true>(quants, scales, x, format, sum);
     }
     float *part = parts + (buffer * panel + at.within) * part_size();
     const int slot = 2 * t;
@@ -183,7 +186,7 @@ struct QuantGemv {
 #pragma unroll
       for (int u = 0; u < Op::kUnit; u++) {
         const float whole = add_parts(first, buffer, local, u * 8 + r, token);
-        values[u] = join_planes(whole, add_parts(first, buffer, local, u * 8 + r, op.T + token)) * unscale[token];
+        values[u] = (planes == 1 ? whole : join_planes(whole, add_parts(first, buffer, local, u * 8 + r, op.T + token))) * unscale[token];
       }
       if (first + panel < segments) continue;
       const int unit = Op::kUnit == 1 ? 2 * tile + r / 8 : tile;
@@ -216,7 +219,7 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
   allow_next_launch();
   wait_for_earlier_launches();
 
-  const SlotRows prepared(scratch, op.T, op.K, kQuantPlanes);
+  const SlotRows prepared(scratch, op.T, op.K, kernel.planes);
   RowFactors f{};
   const float *unscales = prepared.unscale;
   if constexpr (!kPrepared) {

@@ -1,19 +1,20 @@
 // quant_mma.cuh - products of packed weights with many tokens: a block computes kRows weight rows by kTokens tokens.
 //
 // Activations come from prepared slots of one plane (quant_rows.cuh), 64 elements a stage, kStages of them under way; weights a
-// segment of 256 at a time, the next one being copied while this one is multiplied, unpacked on the way from shared memory to
+// segment of 256 at a time, kSegments - 1 of them being copied while one is multiplied, unpacked on the way from shared memory to
 // registers. Each warp sums a segment apart and adds segments in order: an output has the same bits whatever the shape and the
 // number of tokens. `Op` as there.
 #pragma once
 
 #include "quant_gemv.cuh"
 
-template <int kTokens_, int kRows_, int kTokenWarps, int kRowWarps, int kStages_>
+template <int kTokens_, int kRows_, int kTokenWarps, int kRowWarps, int kStages_, int kSegments_>
 struct QuantShape {
-  static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_, kRowWarpsOfBlock = kRowWarps, kThreads = kTokenWarps * kRowWarps * 32;
+  static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_, kSegments = kSegments_, kRowWarpsOfBlock = kRowWarps, kThreads = kTokenWarps * kRowWarps * 32;
   static constexpr int kDepth = 64, kDepths = kPackedSegment / kDepth;  // elements of K in a stage; stages of a segment
   static constexpr int kSlotTiles = kTokens / kTokenWarps / 8, kTiles = kRows / kRowWarps / kQuantRows;  // of a warp
   static constexpr int kStageNbytes = kTokens * kDepth * 2;
+  static_assert((kSegments - 1) * kDepths >= kStages - 1, "a segment has landed when its turn comes");
 };
 
 template <int kBits, class Shape, class Op>
@@ -23,7 +24,7 @@ struct QuantMma {
 
   const Op &op;
   const SlotRows &prepared;
-  unsigned char *activations, *weights;  // kStages stages; two segments of kBlockTiles tiles
+  unsigned char *activations, *weights;  // kStages stages; kSegments segments of kBlockTiles tiles
   const int first_token, first_tile;     // of the block
   const int warp_token, warp_tile;       // of the warp, within the block
 
@@ -47,14 +48,20 @@ struct QuantMma {
     }
   }
 
+  template <bool kOffset>
+  static __device__ __forceinline__ void add_step(float (&sum)[kSlotTiles][4], const StepOperands &operands, const unsigned char *x, const unsigned char *scales,
+                                                  int stride, int step, const PackedFormat &format) {
+    LaneScale scale[2];
+    read_scales<kBits, true, kOffset>(scale, scales, stride, threadIdx.x % 32 / 4, step, format.group_shift, format.kind);
+#pragma unroll
+    for (int n = 0; n < kSlotTiles; n++) quant_step<true, kOffset>(sum[n], operands, load16(x + n * 8 * kSlotNbytes), scale);
+  }
+
   __device__ __forceinline__ void multiply(int stage, int buffer, int segment, int depth, const PackedFormat (&formats)[kTiles], float (&sum)[kTiles][kSlotTiles][4]) const {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       const unsigned char *x = activations + stage * Shape::kStageNbytes + ((s * Shape::kTokens + warp_token + g) * 4 + t) * 16;
-      uint4 slots[kSlotTiles];
-#pragma unroll
-      for (int n = 0; n < kSlotTiles; n++) slots[n] = load16(x + n * 8 * kSlotNbytes);
 #pragma unroll
       for (int m = 0; m < kTiles; m++) {
         const unsigned char *tile = weights + buffer * kWeightNbytes + (warp_tile + m) * kTileNbytes;
@@ -65,10 +72,11 @@ struct QuantMma {
         unpack_step<kBits>(LaneQuants<kBits>(tile, g, t, depth), s, q0);
         unpack_step<kBits>(LaneQuants<kBits>(tile, g + 8, t, depth), s, q1);
         const StepOperands operands(q0, q1);
-        LaneScale scale[2];
-        read_scales<kBits, true>(scale, scales, scale_stride(scale_nbytes), g, depth * 2 + s, format.group_shift, format.kind);
-#pragma unroll
-        for (int n = 0; n < kSlotTiles; n++) quant_step<true>(sum[m][n], operands, slots[n], scale, format.kind != 0);
+        if (format.kind == 0) {
+          add_step<false>(sum[m], operands, x, scales, scale_stride(scale_nbytes), depth * 2 + s, format);
+        } else {
+          add_step<true>(sum[m], operands, x, scales, scale_stride(scale_nbytes), depth * 2 + s, format);
+        }
       }
     }
   }
@@ -76,7 +84,7 @@ struct QuantMma {
   // Results go through shared memory: stores to device memory then run along the rows, and their code exists once.
   __device__ __forceinline__ void store(const float (&total)[kTiles][kSlotTiles][4], unsigned char *shared) const {
     constexpr int kStride = Shape::kRows + 4, kUnits = Shape::kRows / (8 * Op::kUnit);
-    static_assert(Shape::kTokens * kStride * 4 <= 2 * kWeightNbytes + Shape::kStages * Shape::kStageNbytes, "the results fit where the stages were");
+    static_assert(Shape::kTokens * kStride * 4 <= Shape::kSegments * kWeightNbytes + Shape::kStages * Shape::kStageNbytes, "the results fit where the stages were");
     auto *results = reinterpret_cast<float *>(shared);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -116,7 +124,9 @@ __device__ __forceinline__ void quant_mma(const Op &op, void *scratch) {
 #pragma unroll
   for (int m = 0; m < kTiles; m++) formats[m] = PackedFormat(op.packed(2 * (kernel.first_tile + kernel.warp_tile + m)).code);
 
-  kernel.copy_weights(0, 0);
+  constexpr int kSegments = Shape::kSegments;
+#pragma unroll 1
+  for (int s = 0; s < kSegments - 1 && s < segments; s++) kernel.copy_weights(s, s);
   allow_next_launch();
   wait_for_earlier_launches();
 #pragma unroll 1
@@ -135,9 +145,9 @@ __device__ __forceinline__ void quant_mma(const Op &op, void *scratch) {
       cp_async_wait<kStages - 2>();
       __syncthreads();  // this stage has landed for all, and all are done with the stage that is filled next
       if (depth + kStages - 1 < depths) kernel.copy_activations(filled, depth + kStages - 1);
-      if (d == 0 && segment + 1 < segments) kernel.copy_weights((segment + 1) & 1, segment + 1);
+      if (d == 0 && segment + kSegments - 1 < segments) kernel.copy_weights((segment + kSegments - 1) % kSegments, segment + kSegments - 1);
       cp_async_commit();
-      kernel.multiply(stage, segment & 1, segment, d, formats, sum);
+      kernel.multiply(stage, segment % kSegments, segment, d, formats, sum);
       filled = stage;
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }

@@ -84,7 +84,7 @@ struct SlotRow {
     }
     if (!kNorm || norm.bias != nullptr) {
       top = 0;
-#pragma unroll 4
+#pragma unroll 8
       for (int i = threadIdx.x; 4 * i < K; i += kSlotThreads) top = fmaxf(top, top4(normalized4(i, mean, factor)));
     }
     const int exponent = scale_exponent(block_max<kSlotThreads>(top, scratch));

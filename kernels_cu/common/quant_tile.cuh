@@ -145,12 +145,12 @@ __device__ __forceinline__ void unpack_step(const LaneQuants<kBits> &from, int s
 struct LaneScale {
   GroupScale low, high;
 
-  template <int kBits>
+  template <int kBits, bool kOffset>
   static __device__ __forceinline__ LaneScale read(const unsigned char *scales, int stride, int g, int index, int kind) {
     PackedFormat format(0);
-    format.bits = kBits, format.kind = kind;
+    format.bits = kBits, format.kind = kOffset ? kind : 0;
     const unsigned char *a = scales + g * stride, *b = a + 8 * stride;
-    if (kind == 0) {
+    if constexpr (!kOffset) {
       const float d0 = to_f32(reinterpret_cast<const __half *>(a)[index]), d1 = to_f32(reinterpret_cast<const __half *>(b)[index]);
       return {GroupScale(format, d0, 0.f), GroupScale(format, d1, 0.f)};
     }
@@ -177,8 +177,8 @@ struct StepOperands {
 
 // sum[16 rows x 8 slots] += weights . activations over 32 elements. x: a lane's four values of slot g for each mma.
 // kFine: a scale per mma, for groups of 16 and more; `scale[1]` is the second's. Else one for both.
-template <bool kFine>
-__device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &w, uint4 x, const LaneScale (&scale)[2], bool has_offset) {
+template <bool kFine, bool kOffset>
+__device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &w, uint4 x, const LaneScale (&scale)[2]) {
   const uint32_t b[2][2] = {{x.x, x.y}, {x.z, x.w}}, ones[4] = {0x3c003c00u, 0x3c003c00u, 0x3c003c00u, 0x3c003c00u};
   float part[4] = {0, 0, 0, 0};
   mma_m16n8k16_f16(part, w.a[0], b[0]);
@@ -189,7 +189,7 @@ __device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &
   }
   mma_m16n8k16_f16(part, w.a[1], b[1]);
   add_scaled(sum, part, scale[kFine].low.factor, scale[kFine].high.factor);
-  if (has_offset) {
+  if constexpr (kOffset) {
     float total[4] = {0, 0, 0, 0};
     mma_m16n8k16_f16(total, ones, b[0]);
     if constexpr (kFine) {
@@ -203,12 +203,12 @@ __device__ __forceinline__ void quant_step(float (&sum)[4], const StepOperands &
 }
 
 // The scales of a step from a segment's in shared memory (`scales` is where the segment's first ones are).
-template <int kBits, bool kFine>
+template <int kBits, bool kFine, bool kOffset>
 __device__ __forceinline__ void read_scales(LaneScale (&scale)[2], const unsigned char *scales, int stride, int g, int step, int group_shift, int kind) {
   if constexpr (kFine) {
-    scale[0] = LaneScale::read<kBits>(scales, stride, g, step * 32 >> group_shift, kind);
-    scale[1] = LaneScale::read<kBits>(scales, stride, g, (step * 32 + 16) >> group_shift, kind);
+    scale[0] = LaneScale::read<kBits, kOffset>(scales, stride, g, step * 32 >> group_shift, kind);
+    scale[1] = LaneScale::read<kBits, kOffset>(scales, stride, g, (step * 32 + 16) >> group_shift, kind);
   } else {
-    scale[0] = LaneScale::read<kBits>(scales, stride, g, step * 32 >> group_shift, kind);
+    scale[0] = LaneScale::read<kBits, kOffset>(scales, stride, g, step * 32 >> group_shift, kind);
   }
 }

@@ -57,7 +57,7 @@ def parameters() -> list[Any]:
 @pytest.mark.parametrize(("op", "case", "storage"), parameters())
 def test_default_mode(op: str, case: Case, storage: Storage) -> None:
     """With few tokens nothing is rounded that f32 holds; aligned memory, so tensor cores get all they can take."""
-    exact = packed.FEW_TOKENS if any(d in PACKED_DTYPES for d in storage.values()) else products.MAX_DOT_TOKENS
+    exact = packed.EXACT_TOKENS if any(d in PACKED_DTYPES for d in storage.values()) else products.MAX_DOT_TOKENS
     alternatives = {} if len(case.arrays["x"]) <= exact else activations_for(op, storage)
     run_case(CONTRACTS[op], case, storage, run, alternatives=alternatives)
 
