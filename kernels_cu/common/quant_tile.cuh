@@ -98,6 +98,7 @@ __device__ __forceinline__ uint32_t integers_to_halves(uint32_t masked, float le
   __half2 x;
   memcpy(&x, &raised, 4);
   constexpr float kFactor = (kTwice ? 2.f : 1.f) / (1 << kShift);
+  static_assert(kFactor <= 1.f, "f16 holds 1024 * kFactor + less: beyond 2048 only even numbers");
   if constexpr (kShift == 0 && !kTwice) {
     x = __hsub2(x, __float2half2_rn(1024.f + less));
   } else {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void unpack_step(const LaneQuants<kBits> &from, int s
     q[3] = integers_to_halves<4, false>(high & 0x00f000f0u, 8.f);
   } else if constexpr (kBits == 2) {
     const uint32_t w = from.words[0] >> step * 8;
-    q[0] = integers_to_halves<0, true>(w & 0x00030003u, 3.f);
+    q[0] = integers_to_halves<0, false>(w << 1 & 0x00060006u, 3.f);
     q[1] = integers_to_halves<2, true>(w & 0x000c000cu, 3.f);
     q[2] = integers_to_halves<4, true>(w & 0x00300030u, 3.f);
     q[3] = integers_to_halves<6, true>(w & 0x00c000c0u, 3.f);
