@@ -92,7 +92,7 @@ def dot(
     # More than half of a multiprocessor's, so that no two blocks share one while another has none: a launch that
     # overlaps is placed beside what is left of the one before, and a multiprocessor with two would finish last.
     smem_nbytes = max(smem_nbytes, device.max_smem_optin // 2 + (1 << 10))
-    rows = 4 if num_rows >= 3 * device.num_sms * DOT_WARPS else 2
+    rows = 4 if tokens > 1 or num_rows >= 3 * device.num_sms * DOT_WARPS else 2
     grid = min(device.num_sms, ceil_div(num_rows, rows))
     name = f"{op}__dot_{dtype}_t{tokens}_r{rows}"
     return Launch(name, (grid, 1, 1), (DOT_THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)

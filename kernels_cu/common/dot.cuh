@@ -65,10 +65,6 @@ struct Dot {
     return (i / 64 * 64 + i % 2 * 32 + i % 64 / 2) * 4;
   }
 
-  __device__ __forceinline__ static float4 load4(const float *p, bool aligned) {
-    return aligned ? load_f32x4(p) : make_float4(p[0], p[1], p[2], p[3]);
-  }
-
   // The sum over the block of each token's value, in every thread.
   __device__ __forceinline__ static void block_sums(float (&sums)[kTokens], float *scratch) {
     const int warp = threadIdx.x / 32;
@@ -88,22 +84,38 @@ struct Dot {
 
   // Activations to shared memory, zeros behind K and for tokens there are not; `factors` multiply results.
   __device__ __forceinline__ void fill_rows(float *scratch, float (&factors)[kTokens]) const {
-    const bool has_weights = Op::kNorm && !op.norm.center && op.norm.bias == nullptr;
-    const bool aligned = (address_of(op.x) | address_of(op.norm.weight)) % 16 == 0;
+    const bool is_rms = Op::kNorm && !op.norm.center && op.norm.bias == nullptr;
     float sums[kTokens] = {};
+    if ((address_of(op.x) | address_of(op.norm.weight)) % 16 == 0) {
+      copy_rows(is_rms, sums);
+    } else {
+      copy_elements(is_rms, sums);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) factors[t] = 1.f;
+    if constexpr (Op::kNorm) {
+      if (is_rms) {
+        block_sums(sums, scratch);
+#pragma unroll
+        for (int t = 0; t < kTokens; t++) factors[t] = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
+        return;
+      }
+      normalize(scratch);
+    }
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void copy_rows(bool is_rms, float (&sums)[kTokens]) const {
 #pragma unroll 1
     for (int first = threadIdx.x; first < stride / 4; first += kAhead * kDotThreads) {
       float4 values[kAhead][kTokens], weights[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; j++) {
         const int k = (first + j * kDotThreads) * 4;
-        weights[j] = make_float4(1, 1, 1, 1);
-        if (has_weights && k < op.K) weights[j] = load4(op.norm.weight + k, aligned);
+        weights[j] = is_rms && k < op.K ? load_f32x4(op.norm.weight + k) : make_float4(1, 1, 1, 1);
 #pragma unroll
-        for (int t = 0; t < kTokens; t++) {
-          values[j][t] = make_float4(0, 0, 0, 0);
-          if (k < op.K && t < op.T) values[j][t] = load4(op.x + static_cast<int64_t>(t) * op.K + k, aligned);
-        }
+        for (int t = 0; t < kTokens; t++)
+          values[j][t] = k < op.K && t < op.T ? load_f32x4(op.x + static_cast<int64_t>(t) * op.K + k) : make_float4(0, 0, 0, 0);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; j++) {
@@ -112,66 +124,47 @@ struct Dot {
 #pragma unroll
         for (int t = 0; t < kTokens; t++) {
           const float4 v = values[j][t], w = weights[j];
-          sums[t] = squares(v, sums[t]);
+          if (Op::kNorm) sums[t] = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sums[t]))));
           store_f32x4(rows + t * stride + place(i), make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w));
         }
       }
     }
-#pragma unroll
-    for (int t = 0; t < kTokens; t++) factors[t] = 1.f;
-    if (has_weights) {
-      block_sums(sums, scratch);
-#pragma unroll
-      for (int t = 0; t < kTokens; t++) factors[t] = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
-    } else if constexpr (Op::kNorm) {
-      normalize(sums, scratch);
-    }
-    if (!has_weights) __syncthreads();
   }
 
-  static __device__ __forceinline__ float squares(float4 v, float sum) {
-    return fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
-  }
-
-  // Rows of a norm with a bias or a mean, in place; a thread changes what it has written itself. `squares_of`: as they are.
-  __device__ __forceinline__ void normalize(const float (&squares_of)[kTokens], float *scratch) const {
-    const bool aligned = (address_of(op.norm.weight) | address_of(op.norm.bias)) % 16 == 0;
-    float means[kTokens] = {}, sums[kTokens];
-#pragma unroll
-    for (int t = 0; t < kTokens; t++) sums[t] = squares_of[t];
-    if (op.norm.center) {
-#pragma unroll
-      for (int t = 0; t < kTokens; t++) {
-        sums[t] = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
-          const float4 v = load_f32x4(rows + t * stride + place(i));
-          sums[t] += v.x + v.y + v.z + v.w;
-        }
-      }
-      block_sums(sums, scratch);
-#pragma unroll
-      for (int t = 0; t < kTokens; t++) {
-        means[t] = sums[t] / static_cast<float>(op.K), sums[t] = 0;
-#pragma unroll 1
-        for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
-          const float4 v = load_f32x4(rows + t * stride + place(i));
-          sums[t] = squares(make_float4(v.x - means[t], v.y - means[t], v.z - means[t], v.w - means[t]), sums[t]);
-        }
-      }
-    }
-    block_sums(sums, scratch + kTokens * kWarps);
+  // The same from any address.
+  __device__ __forceinline__ void copy_elements(bool is_rms, float (&sums)[kTokens]) const {
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
-      if (t >= op.T) break;
-      const float factor = 1.f / sqrtf(sums[t] / static_cast<float>(op.K) + op.norm.eps);
 #pragma unroll 1
-      for (int i = threadIdx.x; 4 * i < op.K; i += kDotThreads) {
-        float *at = rows + t * stride + place(i);
-        const float4 w = load4(op.norm.weight + 4 * i, aligned), v = load_f32x4(at);
-        const float4 bias = op.norm.bias != nullptr ? load4(op.norm.bias + 4 * i, aligned) : make_float4(0, 0, 0, 0);
-        store_f32x4(at, make_float4((v.x - means[t]) * factor * w.x + bias.x, (v.y - means[t]) * factor * w.y + bias.y,
-                                    (v.z - means[t]) * factor * w.z + bias.z, (v.w - means[t]) * factor * w.w + bias.w));
+      for (int k = threadIdx.x; k < stride; k += kDotThreads) {
+        const float v = k < op.K && t < op.T ? op.x[static_cast<int64_t>(t) * op.K + k] : 0.f;
+        sums[t] = fmaf(v, v, sums[t]);
+        rows[t * stride + place(k / 4) + k % 4] = is_rms && k < op.K ? v * op.norm.weight[k] : v;
+      }
+    }
+  }
+
+  // Rows of a norm with a bias or a mean, in place.
+  __device__ __forceinline__ void normalize(float *scratch) const {
+    __syncthreads();
+#pragma unroll 1
+    for (int t = 0; t < op.T; t++) {
+      float *row = rows + t * stride, mean = 0;
+      const auto at = [&](int k) -> float & { return row[place(k / 4) + k % 4]; };
+      if (op.norm.center) {
+        float sum = 0;
+#pragma unroll 1
+        for (int k = threadIdx.x; k < op.K; k += kDotThreads) sum += at(k);
+        mean = block_sum<kDotThreads>(sum, scratch) / static_cast<float>(op.K);
+      }
+      float sum = 0;
+#pragma unroll 1
+      for (int k = threadIdx.x; k < op.K; k += kDotThreads) sum = fmaf(at(k) - mean, at(k) - mean, sum);
+      const float factor = 1.f / sqrtf(block_sum<kDotThreads>(sum, scratch) / static_cast<float>(op.K) + op.norm.eps);
+#pragma unroll 1
+      for (int k = threadIdx.x; k < op.K; k += kDotThreads) {
+        const float value = (at(k) - mean) * factor * op.norm.weight[k];
+        at(k) = op.norm.bias != nullptr ? value + op.norm.bias[k] : value;
       }
     }
   }
@@ -190,13 +183,12 @@ __device__ __forceinline__ void dot(const Op &op) {
   using Kernel = Dot<D, kTokens, kRows, Op>;
   constexpr int kEach = Kernel::kEach, kStages = Kernel::kStages;
   DYN_SHARED(unsigned char, shared);
-  SHARED(float, scratch, 2 * kTokens * Kernel::kWarps);
+  SHARED(float, scratch, kTokens * Kernel::kWarps);
   const Kernel kernel(op, shared);
   const int lane = threadIdx.x % 32, stride = gridDim.x * Kernel::kWarps;
   int group = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = 0;
-  int copied_group = group, copied = 0;  // what is copied next
+  int copied_group = group - stride, copied = kernel.steps;  // what has been copied
   const unsigned char *from[kRows];
-  kernel.find_rows(group, from);
   const auto copy_next = [&](int stage) {
     if (copied == kernel.steps) copied = 0, copied_group += stride, kernel.find_rows(copied_group, from);
     kernel.copy(from, copied++, stage);
