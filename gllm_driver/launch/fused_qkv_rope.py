@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..types import DTYPES
 from . import _packed as packed
 from . import _products as products
 from .base import DeviceProps, Launch, ceil_div
@@ -59,9 +58,9 @@ def few_tokens(
 ) -> Launch | None:
     """The product with the weights of one dtype, exact; None where there are too many tokens."""
     dtype = weights[0][0]
-    if not DTYPES[dtype].is_quantized:
+    if dtype in products.DOT_STEP:
         return products.dot(OP, weights, T, D, units, 2, device, raw)
-    if products.takes_gemv(dtype, T, False) and products.on_tensor_cores(weights, D, device):
+    if products.on_tensor_cores(weights, D, device) and products.takes_gemv(dtype, T, False):
         return products.gemv(OP, dtype, T, D, units, 2, device, False, raw)
     return None
 
