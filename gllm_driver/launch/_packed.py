@@ -94,9 +94,9 @@ def _gemv(
     op: str, name: str, bits: int, T: int, K: int, tiles: int, device: DeviceProps, workspace_nbytes: int
 ) -> Launch:
     slots, segments = T * planes_of(T), ceil_div(K, SEGMENT)
-    ring = WARPS * STAGES[bits] * _tile_nbytes(bits)
     part = TILE_ROWS * (slots + slots % 2) * 4
-    each = SLOT_NBYTES * slots + 2 * part  # of shared memory, per segment
+    ring = WARPS * (STAGES[bits] * _tile_nbytes(bits) + 2 * part)
+    each = SLOT_NBYTES * slots  # of shared memory, per segment
     limit = min(device.max_smem_optin - STATIC_NBYTES, max(PREFERRED_NBYTES, ring + each))
     whole = ring + segments * each
     blocks = 2 if 2 * (min(whole, limit) + 2048) <= device.max_smem_optin + 1024 else 1

@@ -21,8 +21,8 @@ PANEL_NBYTES = 32 << 10  # activation rows in shared memory
 PLAIN_THREADS = 256
 PLAIN_TOKENS = 8
 ROW_THREADS = 128
-SEGMENT_STRIDE = {"f16": 512, "bf16": 512, "q8_0": 288, "q4_0": 176}  # bytes of a row's segment in shared memory
-DEPTH_STRIDE = {"f16": 128, "bf16": 128, "q8_0": 96, "q4_0": 80}  # of 64 elements
+SEGMENT_STRIDE = {"f16": 512, "bf16": 512}  # bytes of a row's segment in shared memory
+DEPTH_STRIDE = {"f16": 128, "bf16": 128}  # of 64 elements
 DOT_THREADS = 256
 DOT_WARPS = DOT_THREADS // 32
 DOT_RING_NBYTES = 8 << 10  # of a warp
@@ -30,7 +30,7 @@ DOT_STATIC_NBYTES = 1024  # the most its kernels have besides
 DOT_STEP = {"f32": 128, "f16": 256, "bf16": 256}  # elements of a row a warp copies at once
 MAX_DOT_TOKENS = 4
 MAX_GEMV_FLOAT_TOKENS = 2  # more take less time on large tiles
-RING_STAGES = {"f16": 3, "bf16": 3, "q8_0": 4, "q4_0": 4}
+RING_STAGES = {"f16": 3, "bf16": 3}
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     if packed.fits(weights, device):
         widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
         return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
-    if not deterministic:
-        few = [few_tokens(of_kind(weights, kind), T, D, units, device, raw) for kind in kinds]
-        if all(few):
-            return [launch for launch in few if launch] + finish
+    if not deterministic and not any(packed.is_packed(kind) for kind in kinds):
+        dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
+        if all(dots):
+            return [dot for dot in dots if dot] + finish
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
@@ -51,18 +51,6 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         found = [products.rows(OP, halves.pop(), T, scratch)]
         found += [products.mma(OP, kind, T, D, 2 * units, scratch, device) for kind in kinds]
     return found + finish
-
-
-def few_tokens(
-    weights: list[tuple[str, int]], T: int, D: int, units: int, device: DeviceProps, raw: int
-) -> Launch | None:
-    """The product with the weights of one dtype, exact; None where there are too many tokens."""
-    dtype = weights[0][0]
-    if dtype in products.DOT_STEP:
-        return products.dot(OP, weights, T, D, units, 2, device, raw)
-    if products.on_tensor_cores(weights, D, device) and products.takes_gemv(dtype, T, False):
-        return products.gemv(OP, dtype, T, D, units, 2, device, False, raw)
-    return None
 
 
 def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@
 // is read without pause; the only barrier is one per tile. Where activations do not fit shared memory, all tiles are done for
 // one panel of K after another, and sums wait in shared memory.
 //
-// An output is the sum of its segments in order, whatever the slots, the grid and the panels. `Op` says what is multiplied and what becomes of it:
+// An output is the sum of the warps' sums in order. `Op` says what is multiplied and what becomes of it:
 //   kUnit                        tiles of eight weight rows whose results are wanted together: 1 or 2
 //   kNorm; x, norm, T, K         the activations, and whether they are normalized first
 //   num_units()
@@ -64,21 +64,22 @@ struct QuantGemv {
   const Op &op;
   const int planes, slots, pairs, segments, panel, tiles;  // panel: segments of K at a time
   unsigned char *ring, *rows;                      // this warp's ring; activations of the panel
-  float *parts, *totals;                           // [2][panel][16][2 pairs]; [tile of the block][16][2 pairs], if there are panels
+  float *parts, *totals;                           // [2][kQuantWarps][16][2 pairs]; [tile of the block][16][2 pairs], if there are panels
 
   __device__ __forceinline__ QuantGemv(const Op &o, unsigned char *shared)
       : op(o), planes(o.T <= kMaxExactTokens ? kQuantPlanes : 1), slots(o.T * planes), pairs((slots + 1) / 2), segments(ceil_div(o.K, kPackedSegment)), panel(panel_of_launch()), tiles(num_quant_tiles(o)) {
     ring = shared + threadIdx.x / 32 * kStages * kStageNbytes;
     rows = shared + kQuantWarps * kStages * kStageNbytes;
     parts = reinterpret_cast<float *>(rows + panel * kQuantSteps * slots * kSlotNbytes);
-    totals = parts + 2 * panel * part_size();
+    totals = parts + 2 * kQuantWarps * part_size();
   }
 
   // As many segments as the launch has given shared memory for (gllm_driver/launch/_packed.py counts alike).
   __device__ __forceinline__ int panel_of_launch() const {
-    const int each = kQuantSteps * slots * kSlotNbytes + 2 * kQuantRows * 2 * pairs * 4, left = dynamic_smem_nbytes() - kQuantWarps * kStages * kStageNbytes;
+    const int each = kQuantSteps * slots * kSlotNbytes, part = kQuantRows * 2 * pairs * 4;
+    const int left = dynamic_smem_nbytes() - kQuantWarps * (kStages * kStageNbytes + 2 * part);
     if (segments * each <= left) return segments;
-    const int kept = ceil_div(num_quant_tiles(op), static_cast<int>(gridDim.x)) * kQuantRows * 2 * pairs * 4;
+    const int kept = ceil_div(num_quant_tiles(op), static_cast<int>(gridDim.x)) * part;
     return (left - kept) / each;
   }
 
@@ -142,14 +143,12 @@ struct QuantGemv {
     }
   }
 
-  // One segment of a tile: its part of [16][slot].
-  __device__ __forceinline__ void multiply_segment(const Cursor &at, int stage, int buffer, const PackedFormat &format) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, segment = at.first + at.within;
+  // sum += one segment of a tile, [16][slot].
+  __device__ __forceinline__ void multiply_segment(const Cursor &at, int stage, const PackedFormat &format, float (&sum)[4]) const {
     const unsigned char *quants = ring + stage * kStageNbytes;
     const int scale_nbytes = (kPackedSegment >> format.group_shift) * format.scale_nbytes();
-    const unsigned char *scales = quants + kQuantRows * 32 * kBits + (segment * scale_nbytes & 15);
+    const unsigned char *scales = quants + kQuantRows * 32 * kBits + ((at.first + at.within) * scale_nbytes & 15);
     const unsigned char *x = rows + at.within * kQuantSteps * slots * kSlotNbytes;
-    float sum[4] = {};
     if (format.kind == 0 && format.group_shift > 4) {
       multiply<false, false>(quants, scales, x, format, sum);
     } else if (format.kind == 0) {
@@ -157,20 +156,24 @@ struct QuantGemv {
     } else {
       multiply<true, true>(quants, scales, x, format, sum);
     }
-    float *part = parts + (buffer * panel + at.within) * part_size();
-    const int slot = 2 * t;
-    if (slot >= slots) return;
-    *reinterpret_cast<float2 *>(part + g * 2 * pairs + slot) = make_float2(sum[0], sum[1]);
-    *reinterpret_cast<float2 *>(part + (g + 8) * 2 * pairs + slot) = make_float2(sum[2], sum[3]);
   }
 
-  // The sum of a row's segments so far.
+  // What this warp's segments of a tile sum up to.
+  __device__ __forceinline__ void put_part(int buffer, const float (&sum)[4]) const {
+    const int lane = threadIdx.x % 32, g = lane / 4, slot = lane % 4 * 2;
+    if (slot >= slots) return;
+    float *part = parts + (buffer * kQuantWarps + threadIdx.x / 32) * part_size() + slot;
+    *reinterpret_cast<float2 *>(part + g * 2 * pairs) = make_float2(sum[0], sum[1]);
+    *reinterpret_cast<float2 *>(part + (g + 8) * 2 * pairs) = make_float2(sum[2], sum[3]);
+  }
+
+  // The sum of a row so far: the warps' in order.
   __device__ __forceinline__ float add_parts(int first, int buffer, int local, int r, int slot) const {
     const int i = r * 2 * pairs + slot, size = part_size();
     float total = first == 0 ? 0.f : totals[local * size + i];
-    const float *part = parts + buffer * panel * size + i;
-#pragma unroll 4
-    for (int s = 0; s < count(first); s++) total += part[s * size];
+    const float *part = parts + buffer * kQuantWarps * size + i;
+#pragma unroll
+    for (int w = 0; w < kQuantWarps; w++) total += part[w * size];
     if (first + panel < segments) totals[local * size + i] = total;
     return total;
   }
@@ -203,10 +206,13 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
   SHARED(float, reduction, kQuantWarps);
   SHARED(float, unscale, 1);
   const Kernel kernel(op, shared);
+  QuantTile<kBits> from;  // the tile that is copied
+  int from_tile = -1;
   const auto copy = [&](typename Kernel::Cursor at, int stage) {
     if (at.first < kernel.segments) {
+      if (at.tile != from_tile) from = quant_tile<kBits>(op, at.tile), from_tile = at.tile;
       unsigned char *to = kernel.ring + stage * Kernel::kStageNbytes;
-      copy_segment<kBits>(to, to + kQuantRows * 32 * kBits, quant_tile<kBits>(op, at.tile), at.first + at.within);
+      copy_segment<kBits>(to, to + kQuantRows * 32 * kBits, from, at.first + at.within);
     }
     cp_async_commit();
   };
@@ -235,16 +241,18 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
     int local = 0;
     for (int tile = blockIdx.x; tile < kernel.tiles; tile += gridDim.x, local++) {
       const PackedFormat format(op.packed(2 * tile).code);
+      float sum[4] = {};
       while (next.first == first && next.tile == tile) {
         cp_async_wait<Kernel::kStages - 1>();
         __syncwarp();
-        kernel.multiply_segment(next, stage, local & 1, format);
+        kernel.multiply_segment(next, stage, format, sum);
         __syncwarp();  // every lane is done with the segment that the next copy overwrites
         copy(copied, stage);
         kernel.advance(copied);
         kernel.advance(next);
         stage = stage + 1 == Kernel::kStages ? 0 : stage + 1;
       }
+      kernel.put_part(local & 1, sum);
       __syncthreads();  // parts are there; those of the tile before are read, so the next tile may write its own
       kernel.finish_tile(first, tile, local, unscales);
     }

@@ -84,7 +84,7 @@ def test_the_widest_row_needs_panels_where_memory_is_short() -> None:
     }
     args = CONTRACTS["linear"].bind(tensors)
     small, large = (launches("linear", args, {"weight": "p8_32"}, d, False)[-1] for d in (SMALL, ONE_SM))
-    whole = packed.WARPS * packed.STAGES[8] * packed.TILE_ROWS * 320 + 48 * (512 * 8 + 2 * 16 * 8 * 4)
+    whole = packed.WARPS * (packed.STAGES[8] * packed.TILE_ROWS * 320 + 2 * 16 * 8 * 4) + 48 * 512 * 8
     assert small.smem_nbytes < large.smem_nbytes < whole
 
 
