@@ -336,7 +336,13 @@ class KvManager:
         now = self._clock()
         excluded = {seq_id, *running}
         candidates = [
-            Candidate(group.seq_id, group.pages, group.state.access_count, group.state.last_access)
+            Candidate(
+                group.seq_id,
+                group.pages,
+                group.state.access_count,
+                group.state.last_access,
+                group.state.swap_in_time,
+            )
             for group in self._groups.values()
             if group.pages
             and not group.is_pinned
