@@ -214,8 +214,13 @@ class Scheduler:
                 return False
             try:
                 while not self.kv.bring_in(sequence.id, self._running_ids()):
-                    if not may_evict or not self._evict_below(sequence):
+                    if may_evict and self._evict_below(sequence):
+                        continue
+                    if not may_evict or self.running:
                         return False
+                    self._close(sequence)  # nobody is left who could make room: compute it again
+                    self.counters.recomputes += 1
+                    break
             except BackendError:
                 self.counters.copy_failures += 1
                 self._close(sequence)  # its copy cannot be had: compute it again
