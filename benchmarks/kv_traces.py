@@ -1,4 +1,4 @@
-"""Replay access traces through the KV manager under HGAL, LRU, FIFO and OPT, all by whole sequence groups.
+"""Replay access traces through the KV manager under HGAL, LRU, FIFO and Belady, all by whole sequence groups.
 
     python benchmarks/kv_traces.py [--pages 512] [--plot docs/kv-traces.png] [benchmarks/traces/served.jsonl …]
     python benchmarks/kv_traces.py --record served.jsonl
@@ -10,9 +10,9 @@ device, and how much would have moved.
 
 hit: accesses, other than a sequence's first, that found it on the device. ws hit: those within a second of its last.
 short: swap-outs within a second of the swap-in of the same sequence; thrash: within 100 ms. moved: pages out and in per
-access. wait: time per access a step waited because nothing that may leave would have made room. OPT knows the future
-and takes the sequence wanted again last. Only HGAL keeps what is Warm or Protected; the others may take anything but
-the running batch.
+access. wait: time per access a step waited because nothing that may leave would have made room. Belady knows the
+future and takes the sequence wanted again last, which is no bound where sizes differ. Only HGAL keeps what is Warm or
+Protected; the others may take anything but the running batch.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class Fifo(Lru):
         return sorted(candidates, key=lambda c: self.arrivals[c.group])
 
 
-class Opt(Lru):
-    """What is wanted again last first (Belady), which takes knowing the future."""
+class Belady(Lru):
+    """What is wanted again last first, which takes knowing the future."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.uses: dict[int, deque[int]] = {}
@@ -154,7 +154,7 @@ def replay(steps: Sequence[Step], num_pages: int, policy_name: str, config: Swap
         "HGAL": lambda: Hgal(config),
         "LRU": Lru,
         "FIFO": Fifo,
-        "OPT": lambda: Opt(steps),
+        "Belady": lambda: Belady(steps),
     }
     policy = policies[policy_name]()
     if policy_name != "HGAL":
@@ -380,7 +380,7 @@ async def record(path: Path) -> None:
         print(f"copies    {1000 * stats.mean_swap_out_s:.2f} ms a swap-out")
 
 
-COLOURS = {"HGAL": "#1f6f8b", "LRU": "#e0a458", "FIFO": "#b0b0b0", "OPT": "#2b2b2b"}
+COLOURS = {"HGAL": "#1f6f8b", "LRU": "#e0a458", "FIFO": "#b0b0b0", "Belady": "#2b2b2b"}
 
 
 def plot(results: dict[str, dict[str, Result]], path: Path) -> None:
