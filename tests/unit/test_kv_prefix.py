@@ -163,6 +163,9 @@ def test_equal_tokens_after_a_colliding_parent_are_a_miss() -> None:
     filled(world, 2, [*twos, *same, 4])
     assert world.kv.cached_tokens([*ones, *same, 4, 4]) == 2 * PAGE
     assert world.kv.cached_tokens([*twos, *same, 4, 4]) == 0
+    filled(world, 4, [*twos, *[6] * PAGE, 4])  # must not be found as what follows the ones
+    assert world.kv.cached_tokens([*ones, *[6] * PAGE, 4, 4]) == PAGE
+    world.close(4)
     world.close(1)
     filled(world, 3, list(range(100, 100 + 29 * PAGE)))  # needs every page that nobody holds
     world.close(3)
