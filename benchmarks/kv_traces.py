@@ -377,6 +377,7 @@ async def record(path: Path) -> None:
         print(model.metrics)
         stats = model._engine.manager.stats()
         print(f"thrash    {100 * stats.thrash_rate:.1f} % of {stats.counters.groups_swapped_out} swap-outs")
+        print(f"ws hits   {100 * stats.working_set_hit_rate:.1f} %")
         print(f"copies    {1000 * stats.mean_swap_out_s:.2f} ms a swap-out")
 
 

@@ -246,7 +246,7 @@ class KvManager:
     # What is known
 
     def page_states(self) -> dict[int, PageMetadata]:
-        """Every device page by id, and every host slot in use by `num_pages + slot`."""
+        """Every device page by id, and every host slot in use by `num_pages + slot`. To be called between steps."""
         return page_states(self.pool, self._groups.values(), self.policy, self._clock())
 
     def pressure(self) -> float:
