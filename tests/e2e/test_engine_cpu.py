@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import gllm_driver as gllm
-from gllm_driver.errors import CapacityError, RequestError
+from gllm_driver.errors import BackendError, CapacityError, RequestError
 
 PROMPTS = ["import os\n\ndef ", "class Queue:\n", "def fibonacci(n):", "for", "x = [", "# end of a comment\nimport "]
 NUM = 120
@@ -161,3 +161,55 @@ def test_a_request_for_more_than_the_cache_is_refused() -> None:
 def test_senseless_options_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(RequestError, match=next(iter(wrong))):
         gllm.load(device="cpu", **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interleavings_on_the_real_backend(
+    expected: list[list[int]], seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests come, are read, cancelled, in any order, in little memory, while copies and steps fail now and then."""
+    rng = random.Random(seed)
+    memory = {
+        "max_batch": rng.randint(2, 6),
+        "kv_tokens": 16 * rng.randint(9, 16),
+        "chunk_size": rng.choice([4, 16, 64]),
+    }
+    with gllm.load(device="cpu", threads=1, context_length=256, **memory) as llm:
+        engine, backend = llm._engine, llm._engine.backend
+
+        def failing(name: str, share: float) -> None:
+            call = getattr(backend, name)
+
+            def maybe(*args: Any) -> Any:
+                if rng.random() < share:
+                    raise BackendError(f"injected fault in {name}")
+                return call(*args)
+
+            monkeypatch.setattr(backend, name, maybe)
+
+        for name in ("swap_out_pages", "swap_in_pages", "start_decode"):
+            failing(name, 0.2)
+        streams: dict[int, gllm.TextStream] = {}
+        cancelled, errors = set(), 0
+        waiting = list(range(40))
+        while waiting or streams:
+            if waiting and rng.random() < 0.3:
+                i = waiting.pop(0)
+                streams[i] = llm.stream(prompt(i), **options(i))
+            for _ in range(rng.randint(0, 8)):
+                engine.step()
+            engine.audit()
+            if streams and rng.random() < 0.1:
+                i = rng.choice(list(streams))
+                streams[i].close()
+                cancelled.add(i)
+            for i in [i for i, stream in streams.items() if stream._handle.done]:
+                stream = streams.pop(i)
+                tokens = stream._handle.tokens
+                if i in cancelled or stream._handle.finish_reason == "error":
+                    errors += stream._handle.finish_reason == "error"
+                    assert tokens == expected[i][: len(tokens)]
+                else:
+                    assert tokens == expected[i]
+        assert errors < 20  # a fault ends a request only when it was alone
+        assert engine.manager.stats().num_used == engine.manager.stats().num_swapped == 0

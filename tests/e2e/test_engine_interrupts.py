@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -92,3 +94,35 @@ def test_an_interrupt_anywhere_loses_nothing(seed: int) -> None:
         assert handles[3].tokens == expected[3][: len(handles[3].tokens)]
         assert subject.manager.stats().num_used == 0
         assert not subject._stepping.locked()
+
+
+def test_real_signals_leave_no_lock_and_no_gap() -> None:
+    """A timer's signals, wherever they strike: in the engine, between two `with` lines, while waiting."""
+
+    def strike(_signum: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    rng = random.Random(5)
+    expected = [alone(request, chunky=False)[0] for request in REQUESTS[:3]]
+    struck = 0
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for _ in range(150):
+            subject = engine(chunky=False)
+            handles = [subject.submit(request) for request in REQUESTS[:3]]
+            for _ in range(3):
+                with suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(2e-5, 1e-3))
+                    read(handles)
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    continue
+                struck += 1
+            read(handles)
+            assert [handle.tokens for handle in handles] == expected
+            assert subject.step() is False  # puts the books right if the last interrupt struck after the last token
+            subject.audit()
+            assert not subject._stepping.locked()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert struck > 100
