@@ -131,6 +131,19 @@ class Recorder:
     cached_tokens: int = 0
     output_tokens: int = 0
 
+    def metrics(self, **gauges: int) -> Metrics:
+        """These counts with what `gauges` say of the moment, by the fields of Metrics."""
+        return Metrics(
+            requests=dict(self.requests),
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+            time_to_first_token=self.time_to_first_token.summary(),
+            inter_token_latency=self.inter_token_latency.summary(),
+            **gauges,
+        )
+
 
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -242,6 +242,15 @@ def test_senseless_requests_cannot_be_made() -> None:
         Request([1], SamplingConfig(), 1, deadline_s=float("nan"))
 
 
+def test_deadlines_of_what_has_ended_are_forgotten() -> None:
+    subject = engine()
+    steady = subject.submit(request(0, 40, deadline_s=1e6))
+    for i in range(500):
+        subject.submit(request(i, 1, deadline_s=1e6)).result()
+    assert len(subject._core._deadlines) < 100
+    assert not steady.done or len(steady.tokens) == 40
+
+
 # ---- faults
 
 
@@ -347,8 +356,8 @@ def test_ten_thousand_requests_leave_nothing_behind() -> None:
     gc.collect()
     core, stats = subject._core, subject.manager.stats()
     assert stats.num_used == stats.num_swapped == 0
-    assert not core._live
-    assert not core._inbox
+    assert not core.mailbox.live
+    assert not core.mailbox.inbox
     assert not core._deadlines
     assert not core.scheduler.waiting._queues
     assert backend.open_loops == 0
