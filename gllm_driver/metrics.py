@@ -47,12 +47,15 @@ class Histogram:
     def summary(self) -> Durations:
         """The usual figures."""
         mean = self.total / self.num if self.num else 0.0
-        return Durations(self.num, mean, self.quantile(0.5), self.quantile(0.9), self.quantile(0.99), self.max)
+        bounds = (*self.bounds, float("inf"))
+        classes = tuple((bound, count) for bound, count in zip(bounds, self.counts, strict=True) if count)
+        quantiles = self.quantile(0.5), self.quantile(0.9), self.quantile(0.99)
+        return Durations(self.num, mean, *quantiles, self.max, classes)
 
 
 @dataclass(frozen=True)
 class Durations:
-    """A histogram in six figures, in seconds."""
+    """A histogram at one moment, in seconds. `classes`: (upper bound, how many) of those that are not empty."""
 
     num: int
     mean: float
@@ -60,6 +63,7 @@ class Durations:
     p90: float
     p99: float
     max: float
+    classes: tuple[tuple[float, int], ...] = ()
 
     def __str__(self) -> str:
         return f"p50 {_ms(self.p50)}, p99 {_ms(self.p99)}, mean {_ms(self.mean)}, n {self.num}"

@@ -24,6 +24,9 @@ def test_quantiles_are_right_to_a_class() -> None:
     assert summary.num == 5000
     assert summary.mean == pytest.approx(sum(values) / 5000)
     assert summary.max == values[-1]
+    assert sum(count for _, count in summary.classes) == 5000
+    for bound, _ in summary.classes:
+        assert sum(count for b, count in summary.classes if b <= bound) == sum(value <= bound for value in values)
 
 
 def test_extremes_are_counted() -> None:
