@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends.select import DeviceInfo, devices
-    from .engine import AsyncEngine, Engine, Request, RequestHandle
+    from .engine import Engine, Request, RequestHandle
+    from .engine.async_engine import AsyncEngine
     from .errors import GllmError
     from .generation import AsyncTextStream, GenerationResult, TextStream, Timings
     from .llm import LLM, load
@@ -46,7 +47,7 @@ _HOMES = {
     "GenerationResult": "generation",
     "TextStream": "generation",
     "Timings": "generation",
-    "AsyncEngine": "engine",
+    "AsyncEngine": "engine.async_engine",
     "Engine": "engine",
     "Request": "engine",
     "RequestHandle": "engine",

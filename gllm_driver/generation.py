@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, TypedDict
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from .engine import AsyncHandle, Progress, RequestHandle
+from .engine import Progress, RequestHandle
 from .types import Traffic
+
+if TYPE_CHECKING:
+    from .engine.async_engine import AsyncHandle
 
 
 class GenerationOptions(TypedDict, total=False):

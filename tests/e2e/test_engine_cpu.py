@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -107,6 +108,29 @@ def test_asyncio_streams_the_same_text(llm: gllm.LLM) -> None:
 
     for i, (pieces, text) in enumerate(asyncio.run(read_all())):
         assert pieces == text == llm.generate(prompt(i), **options(i)).text
+
+
+def test_threads_and_a_loop_share_one_model(llm: gllm.LLM, expected: list[list[int]]) -> None:
+    outputs: dict[int, list[int]] = {}
+
+    def read(first: int) -> None:
+        for i in range(first, 40, 4):
+            outputs[i] = llm.generate(prompt(i), **options(i)).tokens
+
+    async def read_too() -> None:
+        for i in range(40, 50):
+            stream = llm.async_stream(prompt(i), **options(i))
+            async for _ in stream:
+                pass
+            outputs[i] = stream.result.tokens
+
+    threads = [threading.Thread(target=read, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    asyncio.run(asyncio.wait_for(read_too(), 60))
+    for thread in threads:
+        thread.join(60)
+    assert outputs == {i: expected[i] for i in range(50)}
 
 
 def test_a_stop_string_ends_one_stream_of_several(llm: gllm.LLM) -> None:

@@ -13,7 +13,8 @@ from fake_backend import VOCAB, FakeBackend, broken
 from test_engine_interleavings import alone, engine_of
 
 from gllm_driver.config import SamplingConfig
-from gllm_driver.engine import AsyncEngine, Engine, Request
+from gllm_driver.engine import Engine, Request
+from gllm_driver.engine.async_engine import AsyncEngine
 from gllm_driver.errors import BackendError, CapacityError, ContextLost, RequestError
 
 
