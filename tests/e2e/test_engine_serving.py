@@ -333,6 +333,20 @@ def test_sixty_percent_of_the_memory_is_enough() -> None:
     assert metrics.pages_used == metrics.pages_swapped == 0
 
 
+def test_without_host_memory_kv_is_computed_again(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(call: str) -> None:
+        if call == "alloc_swap_space":
+            raise CapacityError("swap space does not fit")
+
+    subject = engine_of(FakeBackend(fault=refuse), 24, max_batch=8, prefix_reuse=False)
+    handles = [subject.submit(request(i, 40)) for i in range(8)]
+    assert [handle.result() for handle in handles] == [expected(i, 40) for i in range(8)]
+    assert subject.metrics.recomputes > 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "KV pages cannot be swapped and will be computed again: swap space does not fit"
+    ]
+
+
 def test_ten_thousand_requests_leave_nothing_behind() -> None:
     """In little memory, with prefixes, cancellations and errors."""
     count = 10_000
