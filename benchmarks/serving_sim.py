@@ -221,7 +221,7 @@ def _work(plan: StepPlan) -> tuple[int, int]:
 
 
 def measure(model: str | None, threads: int | None, decodes: Sequence[int], chunks: Sequence[int]) -> dict:
-    """Time steps of a model on the CPU backend: the best of three, at position 512.
+    """Time steps of a model on the CPU backend, the best of three: decodes at position 512, chunks of prompts of 512.
 
     With one thread, processor time is taken, which other work on the machine disturbs less.
     """
@@ -240,7 +240,9 @@ def measure(model: str | None, threads: int | None, decodes: Sequence[int], chun
             own = [range(i * pages, (i + 1) * pages) for i in range(d + 1)]
             batch = [SequenceInput([5], 512, own[i]) for i in range(d)]
             if c:
-                batch.append(SequenceInput([5] * c, 0, own[d], False))
+                batch.append(
+                    SequenceInput([5] * c, (512 - c) // 2, own[d], False)
+                )  # where a chunk of 512 lies on average
             logits = backend.batch_forward_gpu_pure(engine.weights, engine.kv, BatchInput(batch))
             rows = [SampleRow(row, SamplingConfig(), 512) for row in logits if row is not None]
             if rows:
