@@ -1,27 +1,32 @@
-"""Replay access traces through the KV manager under HGAL, LRU, FIFO and OPT, all by whole sequence groups.
+"""Replay access traces through the KV manager under HGAL, LRU, FIFO and Belady, all by whole sequence groups.
 
-    python benchmarks/kv_traces.py [--pages 512] [--plot docs/kv-traces.png] [recorded.jsonl …]
+    python benchmarks/kv_traces.py [--pages 512] [--plot docs/kv-traces.png] [benchmarks/traces/served.jsonl …]
+    python benchmarks/kv_traces.py --record served.jsonl
 
 A trace is JSON lines, one per step: {"t": seconds, "run": {"sequence id": tokens, …}, "closed": [ids]}. "run" names the
-sequences the step reads and how many tokens each then has; ids under "closed" end after the step. Nothing is computed:
-the table says which sequences would have been on the device, and how much would have moved.
+sequences the step reads and how many tokens each then has; ids under "closed" ended before the step. The first line may
+be {"num_pages": pages to replay it with}. Nothing is computed: the table says which sequences would have been on the
+device, and how much would have moved.
 
 hit: accesses, other than a sequence's first, that found it on the device. ws hit: those within a second of its last.
 short: swap-outs within a second of the swap-in of the same sequence; thrash: within 100 ms. moved: pages out and in per
-access. wait: time per access a step waited because nothing that may leave would have made room. OPT knows the future
-and takes the sequence wanted again last. Only HGAL keeps what is Warm or Protected; the others may take anything but
-the running batch.
+access. wait: time per access a step waited because nothing that may leave would have made room. Belady knows the
+future and takes the sequence wanted again last, which is no bound where sizes differ. Only HGAL keeps what is Warm or
+Protected; the others may take anything but the running batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
+from typing import TextIO
 
 from gllm_driver.config import SwapConfig
 from gllm_driver.kv.groups import KvStats
@@ -36,7 +41,7 @@ WAIT_S = 0.005  # how often a step that found no room tries again
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an engine: the sequences it reads with their tokens, those that end after it."""
+    """One step of an engine: the sequences it reads with their tokens, those that ended before it."""
 
     t: float
     run: dict[int, int]
@@ -76,8 +81,8 @@ class Fifo(Lru):
         return sorted(candidates, key=lambda c: self.arrivals[c.group])
 
 
-class Opt(Lru):
-    """What is wanted again last first (Belady), which takes knowing the future."""
+class Belady(Lru):
+    """What is wanted again last first, which takes knowing the future."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         self.uses: dict[int, deque[int]] = {}
@@ -111,21 +116,29 @@ class Result:
     def pages_moved(self) -> float:
         return (self.stats.counters.pages_swapped_out + self.stats.counters.pages_swapped_in) / self.num_accesses
 
-    def row(self) -> list[str]:
-        num_out = self.stats.counters.groups_swapped_out
+    def figures(self) -> list[float]:
+        """Those of COLUMNS."""
+        num_out = max(1, self.stats.counters.groups_swapped_out)
         return [
-            f"{100 * self.hit_rate:.1f} %",
-            f"{100 * self.stats.working_set_hit_rate:.1f} %",
-            f"{1000 * num_out / self.num_accesses:.0f}",
-            f"{100 * self.num_short / max(1, num_out):.1f} %",
-            f"{100 * self.stats.thrash_rate:.1f} %",
-            f"{self.pages_moved:.2f}",
-            f"{1000 * self.wait_s / self.num_accesses:.2f} ms",
-            f"{100 * self.fragmentation:.1f} %",
+            100 * self.hit_rate,
+            100 * self.stats.working_set_hit_rate,
+            self.pages_moved,
+            100 * self.num_short / num_out,
+            100 * self.stats.thrash_rate,
+            1000 * self.wait_s / self.num_accesses,
+            100 * self.fragmentation,
         ]
 
 
-HEADER = "| trace | policy | hit | ws hit | swap-outs / 1000 | short | thrash | moved | wait | fragmentation |"
+COLUMNS = {
+    "hit %": 0,
+    "ws hit %": 0,
+    "moved": 1,
+    "short %": 0,
+    "thrash %": 1,
+    "wait ms": 1,
+    "fragmentation %": 1,
+}  # digits
 
 
 class NoCopies:
@@ -141,7 +154,7 @@ def replay(steps: Sequence[Step], num_pages: int, policy_name: str, config: Swap
         "HGAL": lambda: Hgal(config),
         "LRU": Lru,
         "FIFO": Fifo,
-        "OPT": lambda: Opt(steps),
+        "Belady": lambda: Belady(steps),
     }
     policy = policies[policy_name]()
     if policy_name != "HGAL":
@@ -162,6 +175,10 @@ def replay(steps: Sequence[Step], num_pages: int, policy_name: str, config: Swap
     result = Result(kv.stats())
     for step in steps:
         now = max(now, step.t + result.wait_s)
+        for group in known.intersection(step.closed):
+            kv.close(group)
+            came_in.pop(group, None)
+            known.discard(group)
         there = {group for group in step.run if group in known and kv.is_resident(group)}
         result.num_accesses += sum(group in known for group in step.run)
         result.num_hits += len(there)
@@ -181,10 +198,6 @@ def replay(steps: Sequence[Step], num_pages: int, policy_name: str, config: Swap
         known |= step.run.keys()
         kv.touch(step.run)
         kv.idle(step.run)
-        for group in step.closed:
-            kv.close(group)
-            came_in.pop(group, None)
-            known.discard(group)
         result.fragmentation += kv.stats().fragmentation / len(steps)
     kv.audit()
     result.stats = kv.stats()
@@ -262,6 +275,7 @@ def chat(num_pages: int, rng: random.Random) -> Iterator[Step]:
     turns = {i: rng.randint(1, 8) for i in range(80)}
     next_id = 80
     running: dict[int, int] = {}  # → tokens left to generate
+    closed: list[int] = []
     t = 0.0
     for _ in range(6000):
         t += STEP_S
@@ -272,6 +286,7 @@ def chat(num_pages: int, rng: random.Random) -> Iterator[Step]:
             tokens[group] += rng.randint(10, 60)
         if not running:
             continue
+        yield Step(t, {group: tokens[group] + 1 for group in running}, closed)
         closed = []
         for group in list(running):
             tokens[group] += 1
@@ -286,9 +301,6 @@ def chat(num_pages: int, rng: random.Random) -> Iterator[Step]:
                     tokens[next_id], turns[next_id] = rng.randint(50, 300), rng.randint(1, 8)
                     waiting.append((t + rng.uniform(1, 20), next_id))
                     next_id += 1
-        read = [*running, *closed]
-        if read:
-            yield Step(t, {group: tokens[group] for group in read}, closed)
 
 
 TRACES: dict[str, Callable[[int, random.Random], Iterator[Step]]] = {
@@ -302,18 +314,74 @@ TRACES: dict[str, Callable[[int, random.Random], Iterator[Step]]] = {
 }
 
 
-def recorded(path: Path) -> list[Step]:
-    """A trace from JSON lines."""
+def recorded(path: Path, num_pages: int) -> tuple[int, list[Step]]:
+    """A trace from JSON lines, and with how many pages to replay it."""
     steps = []
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             entry = json.loads(line)
+            if "num_pages" in entry:
+                num_pages = int(entry["num_pages"])
+                continue
             run = {int(group): int(num_tokens) for group, num_tokens in entry["run"].items()}
-            steps.append(Step(float(entry["t"]), run, [int(group) for group in entry.get("closed", ())]))
-    return steps
+            steps.append(Step(float(entry["t"]), run, [int(group) for group in entry["closed"]]))
+    return num_pages, steps
 
 
-COLOURS = {"HGAL": "#1f6f8b", "LRU": "#e0a458", "FIFO": "#b0b0b0", "OPT": "#2b2b2b"}
+class Recorder:
+    """Writes what an engine does with its KV manager as a trace: a line for each step that is planned."""
+
+    def __init__(self, kv: KvManager, file: TextIO) -> None:
+        self.kv, self.file = kv, file
+        self.run: list[int] = []
+        self.closed: list[int] = []
+        self.start = monotonic()
+        self.touch, self.close = kv.touch, kv.close
+        kv.touch, kv.close = self.touched, self.ended  # type: ignore[method-assign]
+        print(json.dumps({"num_pages": kv.pool.num_pages}), file=file)
+
+    def touched(self, seq_ids: Iterable[int]) -> None:
+        self.run = list(seq_ids)
+        run = {str(seq_id): self.kv.num_tokens_reserved(seq_id) for seq_id in self.run}
+        step = {"t": round(monotonic() - self.start, 3), "run": run, "closed": self.closed}
+        print(json.dumps(step, separators=(",", ":")), file=self.file)
+        self.closed = []
+        self.touch(self.run)
+
+    def ended(self, seq_id: int) -> None:
+        self.closed.append(seq_id)
+        self.close(seq_id)
+
+
+async def record(path: Path) -> None:
+    """Serve the demonstration model with a KV cache that is too small, and write the trace."""
+    import gllm_driver
+
+    rng = random.Random(1)
+    with (
+        gllm_driver.load(device="cpu", context_length=1024, kv_tokens=2048, max_batch=8, progress=False) as model,
+        path.open("w", encoding="utf-8") as file,
+    ):
+        Recorder(model._engine.manager, file)
+
+        async def ask(delay: float) -> None:
+            await asyncio.sleep(delay)
+            prompt = [rng.randrange(5, 500) for _ in range(rng.randint(30, 500))]
+            stream = model.async_stream(
+                prompt, max_tokens=rng.randint(30, 400), ignore_eos=True, priority=rng.randrange(3)
+            )
+            async for _ in stream:
+                pass
+
+        await asyncio.gather(*(ask(rng.uniform(0, 10)) for _ in range(60)))
+        print(model.metrics)
+        stats = model._engine.manager.stats()
+        print(f"thrash    {100 * stats.thrash_rate:.1f} % of {stats.counters.groups_swapped_out} swap-outs")
+        print(f"ws hits   {100 * stats.working_set_hit_rate:.1f} %")
+        print(f"copies    {1000 * stats.mean_swap_out_s:.2f} ms a swap-out")
+
+
+COLOURS = {"HGAL": "#1f6f8b", "LRU": "#e0a458", "FIFO": "#b0b0b0", "Belady": "#2b2b2b"}
 
 
 def plot(results: dict[str, dict[str, Result]], path: Path) -> None:
@@ -331,7 +399,7 @@ def plot(results: dict[str, dict[str, Result]], path: Path) -> None:
         axes[1].bar(at, [results[name][policy].pages_moved for name in names], 0.19, color=colour)
     axes[0].set_ylabel("accesses that find their\nsequence on the device, %")
     axes[1].set_ylabel("pages moved per access")
-    axes[1].set_xticks(range(len(names)), names)
+    axes[1].set_xticks(range(len(names)), [name.replace(" + ", "\n+ ") for name in names])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
@@ -347,18 +415,26 @@ def main() -> None:
     parser.add_argument("--lir-ratio", type=float, default=SwapConfig.lir_ratio)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--plot", type=Path, help="write a picture (needs matplotlib)")
+    parser.add_argument("--record", type=Path, help="serve the demonstration model for a while and write its trace")
     args = parser.parse_args()
+    if args.record:
+        asyncio.run(record(args.record))
+        return
     config = SwapConfig(swap_threshold=args.threshold, lir_ratio=args.lir_ratio)
-    traces = {name: list(make(args.pages, random.Random(args.seed))) for name, make in TRACES.items()}
-    traces |= {path.stem: recorded(path) for path in args.recorded}
-    print(HEADER)
-    print("|---" * HEADER.count(" | ") + "|---|")
+    traces = {name: (args.pages, list(make(args.pages, random.Random(args.seed)))) for name, make in TRACES.items()}
+    traces |= {path.stem: recorded(path, args.pages) for path in args.recorded}
+    print("In each field:", " / ".join(COLOURS), "\n")
+    print("|", " | ".join(["trace", *COLUMNS]), "|")
+    print("|---" * (1 + len(COLUMNS)) + "|")
     results: dict[str, dict[str, Result]] = {}
-    for name, steps in traces.items():
-        results[name] = {}
-        for policy in COLOURS:
-            result = results[name][policy] = replay(steps, args.pages, policy, config)
-            print("|", " | ".join([name, policy, *result.row()]), "|", flush=True)
+    for name, (num_pages, steps) in traces.items():
+        results[name] = {policy: replay(steps, num_pages, policy, config) for policy in COLOURS}
+        columns = zip(*(result.figures() for result in results[name].values()), strict=True)
+        fields = [
+            " / ".join(f"{figure:.{digits}f}" for figure in column)
+            for column, digits in zip(columns, COLUMNS.values(), strict=True)
+        ]
+        print("|", " | ".join([name, *fields]), "|", flush=True)
     if args.plot:
         plot(results, args.plot)
 

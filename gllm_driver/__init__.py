@@ -14,15 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .backends.select import DeviceInfo, devices
+    from .engine import Engine, Request, RequestHandle
+    from .engine.async_engine import AsyncEngine
     from .errors import GllmError
-    from .llm import LLM, GenerationResult, TextStream, Timings, load
+    from .generation import AsyncTextStream, GenerationResult, TextStream, Timings
+    from .llm import LLM, load
+    from .metrics import Metrics
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncEngine",
+    "AsyncTextStream",
     "DeviceInfo",
+    "Engine",
     "GenerationResult",
     "GllmError",
+    "Metrics",
+    "Request",
+    "RequestHandle",
     "TextStream",
     "Timings",
     "__version__",
@@ -32,10 +42,16 @@ __all__ = [
 
 _HOMES = {
     "LLM": "llm",
-    "GenerationResult": "llm",
-    "TextStream": "llm",
-    "Timings": "llm",
     "load": "llm",
+    "AsyncTextStream": "generation",
+    "GenerationResult": "generation",
+    "TextStream": "generation",
+    "Timings": "generation",
+    "AsyncEngine": "engine.async_engine",
+    "Engine": "engine",
+    "Request": "engine",
+    "RequestHandle": "engine",
+    "Metrics": "metrics",
     "DeviceInfo": "backends.select",
     "devices": "backends.select",
     "GllmError": "errors",

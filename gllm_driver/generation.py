@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from .engine import AsyncHandle, Progress, RequestHandle
+from .engine import Progress, RequestHandle
 from .types import Traffic
+
+if TYPE_CHECKING:
+    from .engine.async_engine import AsyncHandle
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What may be said about a generation; `LLM.stream` explains it."""
+
+    max_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    priority: int
+    flow: str
+    deadline_s: float | None
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,15 @@ class Histogram:
     def summary(self) -> Durations:
         """The usual figures."""
         mean = self.total / self.num if self.num else 0.0
-        return Durations(self.num, mean, self.quantile(0.5), self.quantile(0.9), self.quantile(0.99), self.max)
+        bounds = (*self.bounds, float("inf"))
+        classes = tuple((bound, count) for bound, count in zip(bounds, self.counts, strict=True) if count)
+        quantiles = self.quantile(0.5), self.quantile(0.9), self.quantile(0.99)
+        return Durations(self.num, mean, *quantiles, self.max, classes)
 
 
 @dataclass(frozen=True)
 class Durations:
-    """A histogram in six figures, in seconds."""
+    """A histogram at one moment, in seconds. `classes`: (upper bound, how many) of those that are not empty."""
 
     num: int
     mean: float
@@ -60,6 +63,7 @@ class Durations:
     p90: float
     p99: float
     max: float
+    classes: tuple[tuple[float, int], ...] = ()
 
     def __str__(self) -> str:
         return f"p50 {_ms(self.p50)}, p99 {_ms(self.p99)}, mean {_ms(self.mean)}, n {self.num}"
@@ -130,6 +134,19 @@ class Recorder:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+
+    def metrics(self, **gauges: int) -> Metrics:
+        """These counts with what `gauges` say of the moment, by the fields of Metrics."""
+        return Metrics(
+            requests=dict(self.requests),
+            steps=self.steps,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+            time_to_first_token=self.time_to_first_token.summary(),
+            inter_token_latency=self.inter_token_latency.summary(),
+            **gauges,
+        )
 
 
 def _ms(seconds: float) -> str:

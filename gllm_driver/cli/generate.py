@@ -75,6 +75,7 @@ _SAMPLING = (
 @click.option("--tokens", type=TokensType(), help="Token ids instead of PROMPT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end, and nothing else.")
 @click.option("--quiet", is_flag=True, help="Nothing on standard error but errors.")
+@click.option("--verbose", is_flag=True, help="Say at the end how tokens, KV pages and time were used.")
 @click.option("--debug", is_flag=True, help="Show tracebacks and the log.")
 @guarded
 def generate(
@@ -94,6 +95,7 @@ def generate(
     tokens: tuple[int, ...] | None,
     as_json: bool,
     quiet: bool,
+    verbose: bool,
     debug: bool,
     **sampling: Any,
 ) -> None:
@@ -110,6 +112,8 @@ def generate(
         raise click.UsageError("--tokens and --chat exclude each other: a chat template needs text.")
     if system is not None and not chat:
         raise click.UsageError("--system needs --chat.")
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other.")
     options = check_sampling({name: sampling[name] for name in _SAMPLING})
     text_or_ids = read_prompt(prompt) if tokens is None else tokens
 
@@ -130,6 +134,8 @@ def generate(
         start = _chat(llm, str(text_or_ids), system) if chat else text_or_ids
         stream = llm.stream(start, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **options)
         result, interrupt = _print(stream, console, as_json=as_json)
+        if verbose:
+            console.write(f"{llm.metrics}\n")
     if interrupt is not None:
         console.warn(f"interrupted: {_summary(result)}")
         click.get_current_context().exit(interrupted_code(interrupt))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import enum
-import heapq
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,6 +19,7 @@ from ..sched.plan import Piece, SchedulerConfig
 from ..sched.request import RunningSequence
 from ..sched.scheduler import Counters, Scheduler
 from ..types import SequenceInput
+from .mailbox import Deadlines, Mailbox
 from .runner import Result, Runner
 from .swap import Swapper
 
@@ -47,7 +46,7 @@ class _Doubt(enum.IntEnum):
 class Core:
     """The one owner of sequences, pages and the decode loop. One thread at a time may be inside.
 
-    Only `post`, `post_cancel` and reading `has_mail` are for any thread at any time: they append to queues.
+    Other threads post to its `mailbox`.
     """
 
     def __init__(
@@ -62,12 +61,8 @@ class Core:
         self._recorder = Recorder()
         self._counters = Counters()
 
-        self._live: dict[int, RunningSequence] = {}
-        self._inbox: deque[RunningSequence] = deque()
-        self._cancelled: deque[RunningSequence] = deque()
-        self.has_mail = False
-        self._deadlines: list[tuple[float, int, RunningSequence]] = []
-
+        self.mailbox = Mailbox()
+        self._deadlines = Deadlines()
         self._doubt = _Doubt.NONE
         self._ended: list[RunningSequence] = []
         self._rows: list[RunningSequence] = []  # of the decode loop
@@ -92,28 +87,11 @@ class Core:
         self.scheduler.counters = self._counters
         self._runner = Runner(self.backend, self.weights, self.kv, self.manager.pages)
 
-    # ---- from any thread
-
-    def post(self, sequence: RunningSequence) -> None:
-        """Hand in a new sequence."""
-        self._live[sequence.id] = sequence
-        self._inbox.append(sequence)
-        self.has_mail = True
-
-    def post_cancel(self, sequence: RunningSequence) -> None:
-        """Ask for a sequence's end."""
-        self._cancelled.append(sequence)
-        self.has_mail = True
-
-    @property
-    def has_cancellations(self) -> bool:
-        return bool(self._cancelled)
-
     # ---- one step
 
     def step(self) -> bool:
         """Run one step for all requests. False: there was nothing to do."""
-        if self.has_mail or self._doubt:
+        if self.mailbox.has_mail or self._doubt:
             self.absorb()
         if self._free_steps:
             self._free_steps -= 1
@@ -251,20 +229,18 @@ class Core:
             if sequence.has_kv and sequence.error is None:
                 self.scheduler.share(sequence)
             self.scheduler.remove(sequence)
-            self._live.pop(sequence.id, None)
+            self.mailbox.live.pop(sequence.id, None)
             self._ended.pop()
         if self.scheduler.is_idle:
-            self.scheduler.waiting.forget_idle(set())
             self._deadlines.clear()
 
     def _end_overdue(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, sequence = heapq.heappop(self._deadlines)
+        for sequence in self._deadlines.overdue(now):
             self._end(sequence, "deadline")
 
     def _refuse_first(self) -> None:
         """Nothing can be computed though something waits: end whoever ranks first rather than wait for ever."""
-        sequence = min((s for s in self._live.values() if s.is_known), key=lambda s: (s.rank, s.id))
+        sequence = min((s for s in self.mailbox.live.values() if s.is_known), key=lambda s: (s.rank, s.id))
         error = CapacityError(
             f"no KV pages could be had for {len(sequence.tokens)} tokens though nothing else runs: "
             f"{self.pool.num_available} of {self.pool.num_pages} pages are free"
@@ -277,14 +253,16 @@ class Core:
         """Take in new requests and cancellations; put the books right first if a step was interrupted."""
         if self._doubt:
             self._recover()
-        self.has_mail = False
+        mailbox = self.mailbox
+        mailbox.has_mail = False
         self._doubt = _Doubt.PAGES
-        while self._inbox:
-            self._welcome(self._inbox[0])
-            self._inbox.popleft()
+        while mailbox.inbox:
+            self._welcome(mailbox.inbox[0])
+            mailbox.inbox.popleft()
             self._free_steps = 0
-        while self._cancelled:
-            self._end(self._cancelled.popleft(), "cancelled")
+        while mailbox.cancelled:
+            self._end(mailbox.cancelled[0], "cancelled")
+            mailbox.cancelled.popleft()
         if self._ended:
             self._bury()
         self._doubt = _Doubt.NONE
@@ -294,8 +272,7 @@ class Core:
             return
         sequence.is_known = True
         self.scheduler.add(sequence)
-        if sequence.deadline is not None:
-            heapq.heappush(self._deadlines, (sequence.deadline, sequence.id, sequence))
+        self._deadlines.add(sequence, len(self.mailbox.live))
 
     def _recover(self) -> None:
         """After an interrupt inside a step. A token that was not taken is computed again, to the same bits.
@@ -305,7 +282,7 @@ class Core:
         self._runner.close()
         self._free_steps = 0
         self._ended = [s for s in self._ended if s.progress.finish_reason is not None]
-        live = tuple(self._live.values())  # others may submit meanwhile
+        live = tuple(self.mailbox.live.values())  # others may submit meanwhile
         for sequence in live:
             if sequence.num_output >= sequence.max_output:
                 self._end(sequence, "length")
@@ -320,12 +297,12 @@ class Core:
                 sequence.is_known = False
                 self._welcome(sequence)
             else:
-                self._live.pop(sequence.id, None)
+                self.mailbox.live.pop(sequence.id, None)
 
     def end_all(self, reason: str, error: GllmError | None = None) -> None:
         """End every request."""
         self.absorb()
-        for sequence in tuple(self._live.values()):
+        for sequence in tuple(self.mailbox.live.values()):
             self._end(sequence, reason, error)
         self._bury()
         self._doubt = _Doubt.NONE
@@ -355,26 +332,19 @@ class Core:
 
     def metrics(self) -> Metrics:
         """Counts and timings so far."""
-        recorder, counters, stats = self._recorder, self._counters, self.manager.stats()
-        return Metrics(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting) + len(self._inbox),
-            preempted=len(self.scheduler.preempted),
-            pages_total=self.pool.num_pages,
+        scheduler, counters, stats = self.scheduler, self._counters, self.manager.stats()
+        return self._recorder.metrics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(self.mailbox.inbox),
+            preempted=len(scheduler.preempted),
+            pages_total=stats.num_pages,
             pages_used=stats.num_used,
             pages_swapped=stats.num_swapped,
-            requests=dict(recorder.requests),
-            steps=recorder.steps,
-            prompt_tokens=recorder.prompt_tokens,
-            cached_tokens=recorder.cached_tokens,
-            output_tokens=recorder.output_tokens,
             preemptions=counters.preemptions,
             recomputes=counters.recomputes,
             swapped_out_pages=stats.counters.pages_swapped_out,
             swapped_in_pages=stats.counters.pages_swapped_in,
             copy_failures=counters.copy_failures,
-            time_to_first_token=recorder.time_to_first_token.summary(),
-            inter_token_latency=recorder.inter_token_latency.summary(),
         )
 
     def audit(self) -> None:
@@ -382,7 +352,7 @@ class Core:
         self.manager.audit()
         self.scheduler.audit()
         assert not self._ended, "an ended request still holds something"
-        known = {s.id for s in self._live.values() if s.is_known}
+        known = {s.id for s in self.mailbox.live.values() if s.is_known}
         held = {s.id for s in (*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting)}
         assert known == held, f"live requests {sorted(known)}, scheduled ones {sorted(held)}"
 

@@ -44,6 +44,7 @@ class Engine:
         self.context_length = context_length
         self.kv: KvCacheHandle = backend.alloc_kv_cache(kv)
         self._core = Core(backend, weights, self.kv, config or EngineConfig(), root_key)
+        self._mailbox = self._core.mailbox
         self._ids = itertools.count()
         self._is_closed = False
         self._stepping = threading.Lock()  # held by whoever runs a step
@@ -94,14 +95,14 @@ class Engine:
             submitted_at=now,
             deadline=None if request.deadline_s is None else now + request.deadline_s,
         )
-        self._core.post(sequence)
+        self._mailbox.post(sequence)
         self.work.set()
         return RequestHandle(self, sequence)
 
     def cancel(self, sequence: RunningSequence) -> None:
         """End a sequence's request: now, or with the step that is running. Safe in finalizers."""
         if sequence.progress.finish_reason is None:
-            self._core.post_cancel(sequence)
+            self._mailbox.post_cancel(sequence)
             self._wake()
 
     def _max_output(self, request: Request) -> int:
@@ -124,7 +125,7 @@ class Engine:
                     if len(tokens) <= seen and progress.finish_reason is None:
                         self._core.step()
             finally:
-                if self._num_waiting or self._core.has_mail:
+                if self._num_waiting or self._mailbox.has_mail:
                     self._wake()
 
     def step(self) -> bool:
@@ -148,7 +149,7 @@ class Engine:
 
     def _wake(self) -> None:
         """See to cancellations, unless a step is running: then whoever runs it will. Let others go on."""
-        while self._core.has_cancellations and not self._stepping.locked():
+        while self._mailbox.cancelled and not self._stepping.locked():
             with self._stepping:
                 self._core.absorb()
         if self._num_waiting:

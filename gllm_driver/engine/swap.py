@@ -25,17 +25,21 @@ class Swapper:
         self._backend = backend
         self._kv = kv
         self._has_space = False
+        self._refusal: str | None = None  # why there is no host memory, once that is known
         wanted = config.num_host_slots(kv.config.page_nbytes)
         self.num_slots = min(wanted, MAX_SLOTS_PER_PAGE * kv.config.num_pages)
 
     def swap_out(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         """Copy pages to host slots."""
+        if self._refusal is not None:
+            raise BackendError(self._refusal)
         if not self._has_space:
             try:
                 self._backend.alloc_swap_space(self._kv, self.num_slots)
             except (CapacityError, UnsupportedError) as error:
                 log.warning("KV pages cannot be swapped and will be computed again: %s", error)
-                raise BackendError(str(error)) from error
+                self._refusal = str(error)
+                raise BackendError(self._refusal) from error
             self._has_space = True
         self._backend.swap_out_pages(self._kv, pages, slots)
 

@@ -5,30 +5,20 @@ Integers only. Copies go through a `PageCopier`, time through a clock; the engin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ..config import SwapConfig
 from ..errors import CapacityError, GllmError
 from ..types import PageMetadata
-from .groups import THRASH_S, Block, Counters, Group, KvStats, as_block
+from .book import PageBook, PageCopier, pages_of
+from .groups import THRASH_S, Counters, Group, KvStats, as_block
 from .pages import PagePool
 from .prefix import PrefixIndex, PrefixNode
 from .report import audit, fragmentation, page_states
 from .states import GroupState
 from .swap import Candidate, Hgal, VictimPolicy, fewest_groups
-
-
-class PageCopier(Protocol):
-    """Moves page contents. Calls are ordered with the steps before and after; a failing one changes nothing."""
-
-    def swap_out(self, pages: Sequence[int], slots: Sequence[int]) -> None:
-        """Copy device pages to host slots."""
-
-    def swap_in(self, slots: Sequence[int], pages: Sequence[int]) -> None:
-        """Copy host slots to device pages."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +57,12 @@ class KvManager:
     ) -> None:
         self.pool = pool
         self.config = config
-        self.host = PagePool(num_host_slots, pool.page_size)
         self.policy: VictimPolicy = policy or Hgal(config)
-        self._copier = copier
         self._clock = clock
         self._groups: dict[int, Group] = {}
-        self._blocks: dict[int, Block] = {}  # by device page
         self._index = PrefixIndex(pool.page_size, root_key) if prefix_reuse else None
         self._counters = Counters()
+        self._book = PageBook(pool, num_host_slots, copier, self._index, clock, self._counters)
         self._next_handle = -1  # handles are sequences with ids below zero
 
     # Sequences
@@ -92,12 +80,10 @@ class KvManager:
         elif group.blocks:
             raise ValueError(f"sequence {seq_id} is open and has KV: close or drop it first")
         nodes = self._match(tokens)
-        for node in nodes:
-            block = as_block(node.block)
-            assert block.page is not None
-            self.pool.retain((block.page,))
-            group.blocks.append(block)
-            group.pages.append(block.page)
+        blocks = [as_block(node.block) for node in nodes]
+        self._book.retain(blocks)
+        group.blocks = blocks
+        group.pages = pages_of(blocks)
         group.num_indexed = len(nodes)
         group.tail = nodes[-1] if nodes else None
         group.num_tokens = len(nodes) * self.pool.page_size
@@ -155,10 +141,9 @@ class KvManager:
         if count > 0:
             if not self._make_room(count, seq_id, running):
                 return False
-            for page in self.pool.take(count):
-                block = self._blocks[page] = Block(page)
-                group.blocks.append(block)
-                group.pages.append(page)
+            blocks = self._book.new_blocks(count)
+            group.blocks += blocks
+            group.pages += pages_of(blocks)
             self.policy.resized(seq_id, wanted)
         group.num_tokens = max(group.num_tokens, num_tokens)
         return True
@@ -170,30 +155,21 @@ class KvManager:
             return True
         here = [block for block in group.blocks if block.page is not None]
         missing = [block for block in group.blocks if block.page is None]
-        slots = [block.slot for block in missing if block.slot is not None]
-        with self._held(here):  # or making room could take them
+        with self._book.held(here):  # or making room could take them
             if not self._make_room(len(missing), seq_id, running):
                 return False
-            pages = self.pool.take(len(missing))
-            with self._kept_if_copied(self.pool, pages):
-                start = self._clock()
-                if pages:
-                    self._copier.swap_in(slots, pages)
-                now = self._clock()
-            self.pool.retain(_pages_of(here))
-        for block, page in zip(missing, pages, strict=True):
-            block.page = page
-            self._blocks[page] = block
-        self._leave_host(group)
+            seconds = self._book.copy_in(missing)
+            self._book.retain(here)
+        self._book.leave_host(group.blocks)
         group.is_resident = True
         group.was_missed = True
-        group.pages = _pages_of(group.blocks)
-        group.state.swapped_in(now)
+        group.pages = pages_of(group.blocks)
+        group.state.swapped_in(self._clock())
         counters = self._counters
         counters.groups_swapped_in += 1
-        counters.pages_swapped_in += len(pages)
-        counters.num_swap_ins += bool(pages)
-        counters.swap_in_s += now - start
+        counters.pages_swapped_in += len(missing)
+        counters.num_swap_ins += bool(missing)
+        counters.swap_in_s += seconds
         return True
 
     def swap_out(self, seq_id: int) -> bool:
@@ -204,7 +180,7 @@ class KvManager:
         group = self._groups[seq_id]
         group_can = group.is_resident and group.blocks and not group.is_pinned and self.config.enable_swap
         slots = sum(block.slot is None for block in group.blocks)
-        if not group_can or group.state.is_warm(self._clock()) or slots > self.host.num_free:
+        if not group_can or group.state.is_warm(self._clock()) or slots > self._book.host.num_free:
             return False
         self._move_out([group])
         return True
@@ -242,9 +218,8 @@ class KvManager:
             if node is None:
                 group.is_findable = False
                 return
-            if node.block is block and block.page is not None:
-                block.node = node
-                self.pool.keep(block.page)
+            if node.block is block:
+                self._book.make_findable(block, node)
             group.tail = node
             group.num_indexed = i + 1
 
@@ -271,7 +246,7 @@ class KvManager:
     # What is known
 
     def page_states(self) -> dict[int, PageMetadata]:
-        """Every device page by id, and every host slot in use by `num_pages + slot`."""
+        """Every device page by id, and every host slot in use by `num_pages + slot`. To be called between steps."""
         return page_states(self.pool, self._groups.values(), self.policy, self._clock())
 
     def pressure(self) -> float:
@@ -279,7 +254,7 @@ class KvManager:
         return self.pool.num_used / self.pool.num_pages
 
     def stats(self) -> KvStats:
-        pool, host = self.pool, self.host
+        pool, host = self.pool, self._book.host
         return KvStats(
             num_pages=pool.num_pages,
             num_free=pool.num_free,
@@ -294,7 +269,7 @@ class KvManager:
 
     def audit(self) -> None:
         """Raise AssertionError unless pages, slots, blocks, groups and index agree."""
-        audit(self.pool, self.host, self._groups, self._blocks, self._index or ())
+        audit(self.pool, self._book.host, self._groups, self._book.blocks, self._index or ())
 
     # Inside
 
@@ -314,8 +289,7 @@ class KvManager:
             self._move_out(victims)
         else:
             self._relieve(count, seq_id, running)
-        while pool.num_free < count:
-            self._evict_cached()
+        self._book.make_free(count)
         return True
 
     def _relieve(self, count: int, seq_id: int, running: Collection[int]) -> None:
@@ -336,7 +310,13 @@ class KvManager:
         now = self._clock()
         excluded = {seq_id, *running}
         candidates = [
-            Candidate(group.seq_id, group.pages, group.state.access_count, group.state.last_access)
+            Candidate(
+                group.seq_id,
+                group.pages,
+                group.state.access_count,
+                group.state.last_access,
+                group.state.swap_in_time,
+            )
             for group in self._groups.values()
             if group.pages
             and not group.is_pinned
@@ -347,84 +327,41 @@ class KvManager:
             self.policy.ranked(candidates, now),
             -(-wanted // granule) * granule,
             holders=self.pool.holders,
-            needs_slot=lambda page: self._blocks[page].slot is None,
-            free_slots=self.host.num_free,
+            needs_slot=lambda page: self._book.blocks[page].slot is None,
+            free_slots=self._book.host.num_free,
         )
         return [self._groups[candidate.group] for candidate in chosen], freed
 
     def _move_out(self, groups: Sequence[Group]) -> None:
         """Swap groups out in one copy. The caller has seen to it that the host has slots enough."""
+        now = self._clock()
         blocks = list(dict.fromkeys(block for group in groups for block in group.blocks if block.slot is None))
-        if not groups:
-            return
-        slots = self.host.take(len(blocks))
-        with self._kept_if_copied(self.host, slots):
-            start = self._clock()
-            if blocks:
-                self._copier.swap_out(_pages_of(blocks), slots)
-            now = self._clock()
-        for block, slot in zip(blocks, slots, strict=True):
-            block.slot = slot
+        seconds = self._book.copy_out(blocks)
         counters = self._counters
         for group in groups:
-            for block in group.blocks:
-                block.num_swapped += 1
-            self._release_blocks(group.blocks)
+            self._book.enter_host(group.blocks)
+            self._book.release(group.blocks)
             group.pages = []
-            swap_in_time = group.state.swap_in_time
-            counters.num_thrashed += swap_in_time is not None and start < swap_in_time + THRASH_S
             group.is_resident = False
+            swap_in_time = group.state.swap_in_time
+            counters.num_thrashed += swap_in_time is not None and now < swap_in_time + THRASH_S
             group.state.swapped_out()
         counters.groups_swapped_out += len(groups)
         counters.pages_swapped_out += len(blocks)
         counters.num_swap_outs += bool(blocks)
-        counters.swap_out_s += now - start
+        counters.swap_out_s += seconds
 
     def _let_go(self, group: Group) -> None:
         """The sequence's blocks are no longer its own, wherever they are."""
         if group.is_resident:
-            self._release_blocks(group.blocks)
+            self._book.release(group.blocks)
         else:
-            self._leave_host(group)
+            self._book.leave_host(group.blocks)
         group.blocks = []
         group.pages = []
-        group.is_resident = True
+        group.is_resident = group.is_findable = True
         group.num_tokens = group.num_indexed = 0
         group.tail = None
-
-    def _release_blocks(self, blocks: Sequence[Block]) -> None:
-        """Release device pages, last first, so that of a cached chain the end is evicted before what it follows."""
-        for block in reversed(blocks):
-            page = block.page
-            assert page is not None
-            self.pool.release((page,))
-            if not self.pool.holders(page) and not self.pool.is_cached(page):
-                del self._blocks[page]
-                block.page = None
-
-    def _leave_host(self, group: Group) -> None:
-        for block in group.blocks:
-            block.num_swapped -= 1
-            if block.num_swapped == 0 and block.slot is not None:
-                self.host.release((block.slot,))
-                block.slot = None
-
-    def _evict_cached(self) -> None:
-        """Make the cached page released longest ago free, and take what follows it out of the index."""
-        node = self._blocks[self.pool.oldest_cached()].node
-        assert node is not None
-        assert self._index is not None
-        for gone in self._index.remove(node):
-            block = as_block(gone.block)
-            page = block.page
-            assert page is not None
-            block.node = None
-            was_cached = self.pool.is_cached(page)
-            self.pool.forget(page)
-            if was_cached:
-                del self._blocks[page]
-                block.page = None
-                self._counters.cached_pages_evicted += 1
 
     def _count_access(self, group: Group, now: float) -> None:
         last = group.state.last_access
@@ -432,28 +369,3 @@ class KvManager:
             self._counters.working_set_accesses += 1
             self._counters.working_set_hits += not group.was_missed
         group.was_missed = False
-
-    @contextmanager
-    def _held(self, blocks: Sequence[Block]) -> Iterator[None]:
-        """Blocks on the device stay there meanwhile."""
-        self.pool.retain(_pages_of(blocks))
-        try:
-            yield
-        finally:
-            self._release_blocks(blocks)
-
-    @contextmanager
-    def _kept_if_copied(self, pool: PagePool, pages: Sequence[int]) -> Iterator[None]:
-        """Give newly taken pages back if the copy they were taken for fails."""
-        is_done = False
-        try:
-            yield
-            is_done = True
-        finally:
-            if not is_done:
-                self._counters.copy_failures += 1
-                pool.release(pages)
-
-
-def _pages_of(blocks: Iterable[Block]) -> list[int]:
-    return [block.page for block in blocks if block.page is not None]

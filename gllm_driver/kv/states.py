@@ -23,6 +23,7 @@ class GroupState:
         self._state = PageState.ACTIVE
         self._recent: deque[float] = deque(maxlen=config.hot_threshold)  # times of the last accesses
         self._warm_accesses = 0
+        self._is_running = True
         self.access_count = 0
         self.last_access: float | None = None
         self.swap_in_time: float | None = None
@@ -48,6 +49,7 @@ class GroupState:
         """A step reads the group's pages."""
         self.access_count += 1
         self.last_access = now
+        self._is_running = True
         self._recent.append(now)
         if self._state is PageState.WARM:
             self._warm_accesses += 1
@@ -60,12 +62,14 @@ class GroupState:
         self._state = PageState.PROTECTED if is_hot else PageState.ACTIVE
 
     def idled(self) -> None:
-        """The sequence is no longer running."""
+        """The sequence is no longer running. What is Warm or Protected cools when that ends."""
+        self._is_running = False
         if self._state is PageState.ACTIVE:
             self._state = PageState.STANDBY
 
     def restarted(self) -> None:
         """The group has lost its pages and begins again."""
+        self._is_running = True
         self._state = PageState.ACTIVE
         self.swap_in_time = self.warm_until = None
 
@@ -75,12 +79,13 @@ class GroupState:
 
     def swapped_in(self, now: float) -> None:
         self._state = PageState.WARM
+        self._is_running = True
         self._warm_accesses = 0
         self.swap_in_time = now
         self.warm_until = now + self._config.warmup_duration
 
     def _leave_warm(self) -> None:
-        self._state = PageState.ACTIVE
+        self._state = PageState.ACTIVE if self._is_running else PageState.STANDBY
         self.warm_until = None
 
     def _idle_for(self, now: float) -> float:

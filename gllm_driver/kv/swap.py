@@ -25,6 +25,7 @@ class Candidate:
     pages: Sequence[int]
     access_count: int
     last_access: float | None
+    swap_in_time: float | None = None
 
 
 class VictimPolicy(Protocol):
@@ -44,13 +45,16 @@ class VictimPolicy(Protocol):
 class Hgal:
     """Scores groups by idle time, recency and frequency; groups in the LIR set go after all others.
 
-    The score alone grows with a group's size, so a large sequence in constant use could score above small ones that are
-    not; the LIR set keeps it. Pinned, Warm and Protected groups never come here, so they need no bonus.
+    After those come groups swapped in within `warmup_duration`, though they may have been used enough to be Warm no
+    more: to send them back would be thrash. The score alone grows with a group's size, so a large sequence in constant
+    use could score above small ones that are not; the LIR set keeps it. Pinned, Warm and Protected groups never come
+    here, so they need no bonus.
     """
 
     def __init__(self, config: SwapConfig) -> None:
         self._distance = ReuseDistance()
         self._clock = LirClock(config.lir_ratio)
+        self._warmup_s = config.warmup_duration
 
     def added(self, group: int, weight: int) -> None:
         self._distance.add(group, weight)
@@ -81,7 +85,11 @@ class Hgal:
         return IDLE_WEIGHT * idle_s + recency - candidate.access_count * FREQUENCY_WEIGHT
 
     def ranked(self, candidates: Iterable[Candidate], now: float) -> list[Candidate]:
-        return sorted(candidates, key=lambda c: (self.is_lir(c.group), -self.score(c, now), c.group))
+        def order(c: Candidate) -> tuple[bool, bool, float, int]:
+            is_fresh = c.swap_in_time is not None and now < c.swap_in_time + self._warmup_s
+            return is_fresh, self.is_lir(c.group), -self.score(c, now), c.group
+
+        return sorted(candidates, key=order)
 
 
 def fewest_groups(

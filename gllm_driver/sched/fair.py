@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 from .request import RunningSequence
+
+MAX_IDLE_FLOWS = 1000
 
 
 class FairQueue:
@@ -31,6 +34,8 @@ class FairQueue:
             waiting = [self._served.get(other, 0) for queues in self._queues.values() for other in queues]
             self._served[flow] = max(self._served.get(flow, 0), min(waiting, default=0))
             flows[flow] = deque()
+            if len(self._served) > MAX_IDLE_FLOWS + 2 * len(waiting):
+                self._forget_idle()
         flows[flow].append(sequence)
         self._size += 1
 
@@ -62,13 +67,12 @@ class FairQueue:
         flow = sequence.request.flow
         self._served[flow] = self._served.get(flow, 0) + num_tokens
 
-    def forget_idle(self, active: set[str]) -> None:
-        """Drop the counters of flows that neither wait nor run, so that flow names may be many."""
+    def _forget_idle(self) -> None:
+        """Drop the counters of flows that do not wait, so that names of flows may be many over time."""
         waiting = {flow for flows in self._queues.values() for flow in flows}
-        for flow in self._served.keys() - waiting - active:
-            del self._served[flow]
+        self._served = {flow: served for flow, served in self._served.items() if flow in waiting}
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[RunningSequence]:
         for flows in self._queues.values():
             for queue in flows.values():
                 yield from queue

@@ -16,7 +16,8 @@ class Request:
 
     priority: higher ones go first, and push lower ones aside when memory or places are short. flow: whose request it
     is; flows of one priority get equal shares. deadline_s: seconds from submission after which it ends with what it
-    has. on_token: told each token by the thread that steps; True ends the request with reason "stop".
+    has. on_token: told each token by the thread that steps; True ends the request with reason "stop", a GllmError with
+    that error. It must not wait for tokens itself; other exceptions reach whoever runs the step.
     """
 
     tokens: Sequence[int]

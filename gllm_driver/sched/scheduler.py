@@ -103,15 +103,16 @@ class Scheduler:
         self._admit_urgent()
         for sequence in tuple(self.running):
             self._add_decode(plan, sequence)
-        budget = self._prompt_budget(len(plan.pieces))
+        num_decodes = len(plan.pieces)
+        used = 0  # prompt tokens of this step
         for sequence in self.running:
-            budget -= self._add_chunk(plan, sequence, budget)
-        while budget >= MIN_CHUNK and len(self.running) < self.config.max_batch:
+            used += self._add_chunk(plan, sequence, self._prompt_budget(num_decodes) - used)
+        while len(self.running) < self.config.max_batch and self._prompt_budget(num_decodes) - used >= MIN_CHUNK:
             newcomer = self._admit_next(force=not self.running)
             if newcomer is None:
                 break
-            self._add_decode(plan, newcomer)
-            budget -= self._add_chunk(plan, newcomer, budget)
+            num_decodes += self._add_decode(plan, newcomer)
+            used += self._add_chunk(plan, newcomer, self._prompt_budget(num_decodes) - used)
         if plan.pieces:
             self.kv.touch([piece.sequence.id for piece in plan.pieces])
         return plan
@@ -122,17 +123,19 @@ class Scheduler:
             return min(left, self.config.idle_chunk_size)
         return left if self.config.chunk_size is None else min(left, self.config.chunk_size)
 
-    def _add_decode(self, plan: StepPlan, sequence: RunningSequence) -> None:
+    def _add_decode(self, plan: StepPlan, sequence: RunningSequence) -> bool:
         """Plan one token of a sequence that decodes, if it is still among those that run and gets its page."""
         if sequence.phase is not Phase.RUNNING or sequence.chunk_left(self.config.chunk_invariant):
-            return
-        if self._make_room(sequence, sequence.num_computed + 1):
-            plan.pieces.append(Piece(sequence, sequence.num_computed, 1))
+            return False
+        if not self._make_room(sequence, sequence.num_computed + 1):
+            return False
+        plan.pieces.append(Piece(sequence, sequence.num_computed, 1))
+        return True
 
     def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, budget: int) -> int:
         """Plan the next chunk of a sequence's tokens; how many: 0 where it decodes or the budget is spent."""
         left = sequence.chunk_left(self.config.chunk_invariant)
-        length = min(left, budget)
+        length = max(min(left, budget), 0)
         if left - length == 1:  # never leave one token behind, nor take one alone
             length -= 1
         if length < min(left, MIN_CHUNK) or not length:
@@ -214,8 +217,13 @@ class Scheduler:
                 return False
             try:
                 while not self.kv.bring_in(sequence.id, self._running_ids()):
-                    if not may_evict or not self._evict_below(sequence):
+                    if may_evict and self._evict_below(sequence):
+                        continue
+                    if not may_evict or self.running:
                         return False
+                    self._close(sequence)  # nobody is left who could make room: compute it again
+                    self.counters.recomputes += 1
+                    break
             except BackendError:
                 self.counters.copy_failures += 1
                 self._close(sequence)  # its copy cannot be had: compute it again

@@ -37,6 +37,15 @@ def greedy() -> dict:
     return json.loads(done.out)
 
 
+def test_verbose_says_how_it_went() -> None:
+    done = gllm("generate", PROMPT, "--max-tokens", "3", "--ignore-eos", "--threads", "1", "--verbose")
+    assert done.code == 0
+    assert "3 output in 3 steps" in done.err
+    assert "KV pages" in done.err
+    refused = gllm("generate", PROMPT, "--quiet", "--verbose")
+    assert refused.code == 2
+
+
 def test_json(greedy: dict) -> None:
     assert set(greedy) == {"prompt_tokens", "tokens", "text", "finish_reason", "device", "timings", "traffic"}
     assert greedy["prompt_tokens"] > 2

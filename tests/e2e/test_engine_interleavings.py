@@ -206,7 +206,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 def test_interleavings() -> None:
-    examples = int(os.environ.get("GLLM_INTERLEAVINGS", "60"))
+    examples = int(os.environ.get("GLLM_INTERLEAVINGS", "300"))
     run_state_machine_as_test(
         Interleavings,
         settings=settings(

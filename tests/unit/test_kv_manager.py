@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from kv_world import PAGE, World
 
 from gllm_driver.config import SwapConfig
@@ -20,23 +20,26 @@ from gllm_driver.types import PageState
 SYSTEM = list(range(100, 100 + 3 * PAGE))  # a prompt prefix many sequences have in common
 
 
-def play(world: World, rng: random.Random, num_events: int, check: Callable[[], None]) -> None:
-    """Random events on a world: sequences are opened, run, swapped, dropped, closed; one copy in ten fails."""
-    next_id = 0
-    handles: list[CachedKvHandle] = []
-    for _ in range(num_events):
+EVENTS = ("open", "run", "run", "run", "run", "run", "swap out", "swap out", "drop", "close", "hold", "release")
+
+
+class Player:
+    """Makes events happen to a world; after each, everything is checked."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.next_id = 0
+        self.handles: list[CachedKvHandle] = []
+
+    def play(self, event: str, rng: random.Random) -> None:
+        """One event, after some time; one copy in ten fails."""
+        world = self.world
         ids = list(world.tokens)
         world.now += rng.choice([0.0, 0.01, 0.06, 0.2, 1.5])
         world.fail_next = int(rng.random() < 0.1)
-        event = rng.choice(EVENTS) if ids else "open"
         seq_id = rng.choice(ids) if ids else 0
-        if event == "open":
-            shared = rng.randrange(len(SYSTEM) + 1)
-            tail = rng.choices(range(3), k=rng.randint(1, 3 * PAGE))
-            hit = world.open(next_id, SYSTEM[:shared] + tail)
-            assert hit % PAGE == 0
-            assert hit <= max(0, shared + len(tail) - 2)
-            next_id += 1
+        if event == "open" or not ids:
+            self.open(rng)
         elif event == "run":
             run(world, seq_id, rng)
         elif event == "swap out":
@@ -46,17 +49,30 @@ def play(world: World, rng: random.Random, num_events: int, check: Callable[[], 
         elif event == "close":
             world.close(seq_id)
         elif event == "hold" and (handle := world.kv.get_cached_kv_handle(world.tokens[seq_id])):
-            handles.append(handle)
-        elif event == "release" and handles:
-            world.kv.release(handles.pop(rng.randrange(len(handles))))
-        check()
-        for handle in handles:
+            self.handles.append(handle)
+        elif event == "release" and self.handles:
+            world.kv.release(self.handles.pop(rng.randrange(len(self.handles))))
+        check_all(world)
+        for handle in self.handles:
             assert tuple(world.kv.pages(handle.seq_id)) == handle.pages
-    for handle in handles:
-        world.kv.release(handle)
 
+    def open(self, rng: random.Random) -> None:
+        shared = rng.randrange(len(SYSTEM) + 1)
+        tail = rng.choices(range(3), k=rng.randint(1, 3 * PAGE))
+        hit = self.world.open(self.next_id, SYSTEM[:shared] + tail)
+        assert hit % PAGE == 0
+        assert hit <= max(0, shared + len(tail) - 2)
+        self.next_id += 1
 
-EVENTS = ("open", "run", "run", "run", "run", "run", "swap out", "swap out", "drop", "close", "hold", "release")
+    def finish(self) -> None:
+        """Everything ends, and nothing is left over."""
+        for handle in self.handles:
+            self.world.kv.release(handle)
+        for seq_id in list(self.world.tokens):
+            self.world.close(seq_id)
+        check_all(self.world)
+        stats = self.world.kv.stats()
+        assert stats.num_used == stats.num_swapped == 0
 
 
 def run(world: World, seq_id: int, rng: random.Random) -> None:
@@ -114,35 +130,43 @@ def check_all(world: World) -> None:
     assert len(states) == stats.num_pages + stats.num_swapped
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    num_pages=st.integers(4, 20),
-    num_slots=st.integers(0, 24),
-    reuse=st.booleans(),
-    granule=st.integers(1, 4),
-    threshold=st.sampled_from([0.3, 0.85, 1.0]),
-)
-def test_any_interleaving_keeps_contents_and_books(
-    seed: int, num_pages: int, num_slots: int, reuse: bool, granule: int, threshold: float
-) -> None:
-    config = SwapConfig(granularity_pages=granule, swap_threshold=threshold)
-    world = World(num_pages, num_slots, config, prefix_reuse=reuse)
-    play(world, random.Random(seed), 60, lambda: check_all(world))
-    for seq_id in list(world.tokens):
-        world.close(seq_id)
-    check_all(world)
-    stats = world.kv.stats()
-    assert stats.num_used == stats.num_swapped == 0
+class Interleavings(RuleBasedStateMachine):
+    """Any order of events on caches of any size; hypothesis looks for the shortest that breaks something."""
+
+    @initialize(
+        num_pages=st.integers(4, 20),
+        num_slots=st.integers(0, 24),
+        reuse=st.booleans(),
+        granule=st.integers(1, 4),
+        threshold=st.sampled_from([0.3, 0.85, 1.0]),
+    )
+    def start(self, num_pages: int, num_slots: int, reuse: bool, granule: int, threshold: float) -> None:
+        config = SwapConfig(granularity_pages=granule, swap_threshold=threshold)
+        self.player = Player(World(num_pages, num_slots, config, prefix_reuse=reuse))
+
+    @rule(event=st.sampled_from(EVENTS), seed=st.integers(0, 2**16))
+    def play(self, event: str, seed: int) -> None:
+        self.player.play(event, random.Random(seed))
+
+    def teardown(self) -> None:
+        if hasattr(self, "player"):
+            self.player.finish()
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=50, stateful_step_count=50, deadline=None)
 
 
 def test_long_interleavings_reach_everything() -> None:
     """The same with a fixed seed, long enough that every kind of event is known to have happened."""
     total: Counter[str] = Counter()
     for seed in range(12):
-        world = World(6 + seed, 12, prefix_reuse=seed % 4 > 0)
-        play(world, random.Random(seed), 400, lambda: check_all(world))  # noqa: B023
-        total.update(asdict(world.kv.stats().counters))
+        rng = random.Random(seed)
+        player = Player(World(6 + seed, 12, prefix_reuse=seed % 4 > 0))
+        for _ in range(400):
+            player.play(rng.choice(EVENTS), rng)
+        player.finish()
+        total.update(asdict(player.world.kv.stats().counters))
     for name in ("groups_swapped_out", "groups_swapped_in", "cached_pages_evicted", "copy_failures"):
         assert total[name] > 20, (name, total)
     assert total["prefix_tokens_hit"] > 200

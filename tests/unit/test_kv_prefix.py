@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 from kv_world import PAGE, World
 
@@ -125,6 +126,11 @@ def test_two_that_computed_the_same_keep_their_own_pages_and_the_chain_goes_on()
     assert world.kv.pages(3)[2] == world.kv.pages(2)[2]
 
 
+def weaken(world: World, digest: Callable[[bytes], bytes]) -> None:
+    assert world.kv._index is not None
+    world.kv._index._digest = digest
+
+
 def collide(_: bytes) -> bytes:
     """The worst digest there is: everything has the same key."""
     return bytes(32)
@@ -132,7 +138,7 @@ def collide(_: bytes) -> bytes:
 
 def test_a_collision_of_keys_is_a_miss() -> None:
     world = World(32, 0)
-    world.kv._index = PrefixIndex(PAGE, b"", digest=collide)
+    weaken(world, collide)
     filled(world, 1, [1] * (2 * PAGE))
     assert world.kv.cached_tokens([1] * (PAGE + 2)) == PAGE
     assert world.kv.cached_tokens([2] * (PAGE + 2)) == 0
@@ -151,12 +157,15 @@ def test_equal_tokens_after_a_colliding_parent_are_a_miss() -> None:
         return bytes(32) if words in ([1] * PAGE, [2] * PAGE) else hashlib.sha256(data).digest()
 
     world = World(32, 0)
-    world.kv._index = PrefixIndex(PAGE, b"", digest=digest)
+    weaken(world, digest)
     ones, twos, same = [1] * PAGE, [2] * PAGE, [3] * PAGE
     filled(world, 1, [*ones, *same, 4])
     filled(world, 2, [*twos, *same, 4])
     assert world.kv.cached_tokens([*ones, *same, 4, 4]) == 2 * PAGE
     assert world.kv.cached_tokens([*twos, *same, 4, 4]) == 0
+    filled(world, 4, [*twos, *[6] * PAGE, 4])  # must not be found as what follows the ones
+    assert world.kv.cached_tokens([*ones, *[6] * PAGE, 4, 4]) == PAGE
+    world.close(4)
     world.close(1)
     filled(world, 3, list(range(100, 100 + 29 * PAGE)))  # needs every page that nobody holds
     world.close(3)

@@ -75,6 +75,14 @@ def test_idle_does_not_end_warm_or_protected() -> None:
     assert state.at(0.4) is PROTECTED
 
 
+def test_what_idles_while_warm_has_cooled_when_that_ends() -> None:
+    state = warm()
+    state.accessed(0.01)
+    state.idled()
+    assert state.at(0.02) is WARM
+    assert state.at(0.1) is STANDBY
+
+
 def test_protected_ends_when_left_alone_for_the_window() -> None:
     state = GroupState(SwapConfig())
     for now in (0.0, 0.5, 1.0):

@@ -77,6 +77,22 @@ def test_the_score_is_the_formula() -> None:
     assert twice == 1000.0 + 3 * 5 - 2 * FREQUENCY_WEIGHT
 
 
+def test_lir_groups_and_those_just_swapped_in_come_last() -> None:
+    policy = Hgal(SwapConfig(lir_ratio=0.5))
+    for group, weight in ((1, 40), (2, 1), (3, 1), (4, 40)):
+        policy.added(group, weight)
+    for group in (1, 1, 2, 3, 4, 1, 2):
+        policy.accessed(group)
+    assert [policy.is_lir(group) for group in (1, 2, 3, 4)] == [True, True, False, False]
+    large = Candidate(1, list(range(40)), 3, 9.0)
+    small = Candidate(2, [50], 2, 10.0)
+    cold = Candidate(3, [60], 1, 10.0)
+    fresh = Candidate(4, list(range(70, 110)), 1, 10.0, swap_in_time=9.95)
+    assert policy.score(fresh, 10.0) > policy.score(large, 10.0) > policy.score(cold, 10.0)
+    assert policy.ranked([small, large, cold, fresh], 10.0) == [cold, large, small, fresh]
+    assert policy.ranked([small, large, cold, fresh], 10.06) == [fresh, cold, large, small]
+
+
 def test_a_sequence_leaves_whole() -> None:
     world = world_of(4)
     world.open(9, [9])
