@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from math import prod
 
 import pytest
-from cuda_runner import hostsim_folder, kernel_ops
+from cuda_runner import DEVICE_WEIGHTS, hostsim_folder, kernel_ops
 from cuda_tolerance import activations_for, contract_for
 from hostsim.direct import A100_LIKE, HostKernels
 from op_harness import label, run_case, storages
-from op_memory import Storage
+from op_memory import Storage, dtype_named
 from test_cuda_products import ONE_SM
 
 from gllm_driver.errors import UnsupportedError
-from gllm_driver.launch import WEIGHT_DTYPES, DeviceProps, Launch, launches
+from gllm_driver.launch import DeviceProps, Launch, launches
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.contract import Case, Contract
-from gllm_driver.types import DTYPES, Tensor
+from gllm_driver.types import Tensor
 
 pytestmark = pytest.mark.hostsim
 
@@ -65,7 +65,7 @@ def tensors_of(contract: Contract, case: Case, storage: Storage) -> dict[str, Te
             dtype = array.dtypes[0]
         else:
             continue
-        found[array.name] = Tensor((i + 1) << 40, shape, DTYPES[dtype])
+        found[array.name] = Tensor((i + 1) << 40, shape, dtype_named(dtype))
     return found
 
 
@@ -74,7 +74,7 @@ def choices(op: str) -> Iterator[Choice]:
     contract = CONTRACTS[op]
     assert contract.cases is not None
     for case in contract.cases():
-        for storage in storages(contract, case, WEIGHT_DTYPES):
+        for storage in storages(contract, case, DEVICE_WEIGHTS):
             tensors = tensors_of(contract, case, storage)
             args = contract.bind(tensors, case.scalars)
             dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}

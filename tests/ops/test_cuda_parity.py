@@ -135,7 +135,7 @@ def test_through_the_driver(op: str) -> None:
     contract = CONTRACTS[op]
     assert contract.cases is not None
     case = max(contract.cases(), key=lambda c: sum(a.size for a in c.arrays.values()) % 20_011)
-    for shift, storage in enumerate(storages(contract, case)):
+    for shift, storage in enumerate(storages(contract, case, DEVICE_WEIGHTS)):
         held_to = contract_for(op, case, storage)
         run_case(held_to, case, storage, simulated_driver(), shift % 3, activations_for(op, storage))
 
