@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Request, RequestHandle
     from .engine.async_engine import AsyncEngine
     from .errors import GllmError
+    from .evaluation import compare, perplexity
     from .generation import AsyncTextStream, GenerationResult, TextStream, Timings
     from .llm import LLM, load
     from .metrics import Metrics
@@ -36,8 +37,10 @@ __all__ = [
     "TextStream",
     "Timings",
     "__version__",
+    "compare",
     "devices",
     "load",
+    "perplexity",
 ]
 
 _HOMES = {
@@ -55,6 +58,8 @@ _HOMES = {
     "DeviceInfo": "backends.select",
     "devices": "backends.select",
     "GllmError": "errors",
+    "compare": "evaluation",
+    "perplexity": "evaluation",
 }
 
 
