@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Request, RequestHandle
     from .engine.async_engine import AsyncEngine
     from .errors import GllmError
-    from .evaluation import compare, perplexity
+    from .evaluation import ComparisonResult, PerplexityResult, compare, perplexity
     from .generation import AsyncTextStream, GenerationResult, TextStream, Timings
     from .llm import LLM, load
     from .metrics import Metrics
@@ -27,11 +27,13 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "AsyncTextStream",
+    "ComparisonResult",
     "DeviceInfo",
     "Engine",
     "GenerationResult",
     "GllmError",
     "Metrics",
+    "PerplexityResult",
     "Request",
     "RequestHandle",
     "TextStream",
@@ -58,6 +60,8 @@ _HOMES = {
     "DeviceInfo": "backends.select",
     "devices": "backends.select",
     "GllmError": "errors",
+    "ComparisonResult": "evaluation",
+    "PerplexityResult": "evaluation",
     "compare": "evaluation",
     "perplexity": "evaluation",
 }

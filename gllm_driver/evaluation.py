@@ -111,9 +111,12 @@ def compare(
     """What changes when model `b` takes the place of `a`, on the windows and tokens that `perplexity` of `a` scores.
 
     Both stay loaded. Beside them it takes the memory of one window's logits of `a`: half the context × vocabulary
-    × 4 bytes. Raises RequestError as `perplexity` does, and when the vocabularies differ.
+    × 4 bytes. Raises RequestError as `perplexity` does, and when the vocabularies differ; of token ids given in the
+    place of a text, only the vocabularies' sizes are compared.
     """
-    check_same_vocabulary(a, b)
+    _check_same_size(a, b)
+    if isinstance(text, str):
+        _check_same_tokens(a, b)
     windows = _windows(a, text, context, stride, max_windows)
     start, total = time.perf_counter(), _Total()
     scores: list[PairScores] = []
@@ -153,19 +156,20 @@ def compare(
     )
 
 
-def check_same_vocabulary(a: LLM, b: LLM) -> None:
-    """Raise RequestError unless a token id means the same to both models.
-
-    Ids that only one of them has a text for (rows that pad an embedding table) are not looked at.
-    """
+def _check_same_size(a: LLM, b: LLM) -> None:
     if a.arch.vocab_size != b.arch.vocab_size:
         raise RequestError(
             f"the models have different vocabularies, of {a.arch.vocab_size} and {b.arch.vocab_size} tokens: "
             "their distributions cannot be compared"
         )
+
+
+def _check_same_tokens(a: LLM, b: LLM) -> None:
+    """Raise RequestError unless token ids mean the same to both models.
+
+    Ids that only one of them has a text for (rows that pad an embedding table) are not looked at.
+    """
     of_a, of_b = a.tokenizer, b.tokenizer
-    if not (of_a.has_text and of_b.has_text):
-        return
     for token in range(min(of_a.vocab_size, of_b.vocab_size)):
         if of_a.token_bytes(token) != of_b.token_bytes(token):
             raise RequestError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from ..evaluation import PerplexityResult
     from ..llm import LLM
     from ..quant.perplexity import Estimate
+
+log = logging.getLogger("gllm_driver.cli")
 
 POSITIVE = click.IntRange(min=1)
 
@@ -90,6 +93,7 @@ def perplexity(
     from .. import evaluation
 
     with open_model(model, context, stride, console, **placing) as llm:
+        log.debug("reading the text")
         result = evaluation.perplexity(
             llm, text, context=context, stride=stride, max_windows=windows, progress=reading_progress(console)
         )
