@@ -21,8 +21,8 @@ from . import numpy_model, tiny_models, to_gguf
 pytestmark = pytest.mark.oracle
 
 CONTEXT = 128
-BOUND = 1e-3  # llama.cpp rounds activations to 8 bits before they meet q8_0 weights, as the CPU backend does
-TEXT = Path(numpy_model.__file__).read_text(encoding="utf-8").removesuffix("\n")
+BOUND = 5e-3  # over some 500 tokens; both engines round activations to 8 bits before they meet q8_0 weights
+TEXT = Path(numpy_model.__file__).read_text(encoding="utf-8")[:3000]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def check(found: gllm.PerplexityResult, nll: np.ndarray) -> None:
     assert found.reading.tokens == len(nll)
     assert found.perplexity.value == pytest.approx(math.exp(nll.mean()), rel=BOUND)
     error = math.sqrt(((nll**2).mean() - nll.mean() ** 2) / (len(nll) - 1))
-    assert found.perplexity.error == pytest.approx(math.exp(nll.mean()) * error, rel=10 * BOUND)
+    assert found.perplexity.error == pytest.approx(math.exp(nll.mean()) * error, rel=2 * BOUND)
 
 
 @pytest.mark.parametrize("stride", [0, 48])
@@ -93,8 +93,7 @@ def test_perplexity_of_tiny_models(
     nll, _ = reading(llama_cpp_oracle, path, tokens, 64)
     with gllm.load(path, device="cpu", context_length=64) as llm:
         found = gllm.perplexity(llm, tokens, context=64)
-    # Random models are not calibrated: an error of a logit shows in full, and q4_0's own is 1 % of them.
-    assert found.perplexity.value == pytest.approx(math.exp(nll.mean()), rel=5 * BOUND if file_type != "f32" else 1e-4)
+    assert found.perplexity.value == pytest.approx(math.exp(nll.mean()), rel=BOUND if file_type != "f32" else 1e-4)
 
 
 def test_comparison_of_a_quantized_model(llama_cpp_oracle: ModuleType, tmp_path: Path) -> None:
