@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from .backends.base import Backend
     from .engine.async_engine import AsyncEngine
+    from .engine.core import LogitsVisitor
     from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
     from .models.checkpoint import Checkpoint
@@ -92,11 +93,19 @@ class LLM:
     """
 
     def __init__(self, checkpoint: Checkpoint, backend: Backend, engine: Engine, load_s: float) -> None:
+        self.weight_types = _weight_types(checkpoint)
+        if not backend.maps_weights:  # copies of converted matrices must not stay in host memory
+            checkpoint = replace(checkpoint, tensors={})
         self._checkpoint = checkpoint
         self._backend = backend
         self._engine = engine
         self._async_engine: AsyncEngine | None = None
         self.load_s = load_s
+
+    @property
+    def path(self) -> Path:
+        """Where its files are."""
+        return self._checkpoint.path
 
     @property
     def arch(self) -> Arch:
@@ -107,6 +116,11 @@ class LLM:
     def device(self) -> str:
         """The device it runs on."""
         return self._backend.name
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the KV cache."""
+        return self._engine.kv.config.dtype
 
     @property
     def context_length(self) -> int:
@@ -252,6 +266,18 @@ class LLM:
         """Logits after each token of a sequence: f32 [T, vocab_size]. Raises RequestError, CapacityError."""
         return self._engine.logits([int(t) for t in token_ids])
 
+    def read_logits(self, sequences: Sequence[Sequence[int]], visit: LogitsVisitor, first: int = 0) -> None:
+        """Show logits of sequences of one length from position `first` on, in bounded memory.
+
+        visit(i, position, logits) hears of f32 [n, vocab_size] after the tokens of sequence i from `position` on, all
+        of them in order; meanwhile nothing else runs. Raises RequestError, CapacityError, and what `visit` raises.
+        """
+        self._engine.read_logits(sequences, visit, first)
+
+    def sequences_at_once(self, length: int, first: int) -> int:
+        """How many sequences of so many tokens suit one call of `read_logits`."""
+        return self._engine.sequences_at_once(length, first)
+
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat format, ready to be answered.
 
@@ -369,8 +395,6 @@ def load(
         log.warning("using the CPU: %s", error)
         backend = open_backend("cpu", threads=threads, progress=progress)
         engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
-    if not backend.maps_weights:  # copies of converted matrices must not stay in host memory
-        checkpoint = replace(checkpoint, tensors={})
     return LLM(checkpoint, backend, engine, time.perf_counter() - start)
 
 
@@ -409,6 +433,14 @@ def _place(
     except BaseException:
         backend.close()
         raise
+
+
+def _weight_types(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the weights by the type they are stored in, the most first."""
+    nbytes: dict[str, int] = {}
+    for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
+        nbytes[tensor.dtype.name] = nbytes.get(tensor.dtype.name, 0) + tensor.nbytes
+    return dict(sorted(nbytes.items(), key=lambda kind: -kind[1]))
 
 
 def default_kv_dtype(checkpoint: Checkpoint) -> str:

@@ -18,12 +18,15 @@ from ..metrics import Metrics, Recorder
 from ..sched.plan import Piece, SchedulerConfig
 from ..sched.request import RunningSequence
 from ..sched.scheduler import Counters, Scheduler
-from ..types import SequenceInput
+from ..types import BatchInput, SequenceInput
 from .mailbox import Deadlines, Mailbox
 from .runner import Result, Runner
 from .swap import Swapper
 
-LOGITS_CHUNK = 256  # tokens of one step of `logits`
+LOGITS_CHUNK = 256  # tokens of one step whose logits are all read
+
+LogitsVisitor = Callable[[int, int, np.ndarray], None]
+"""Told of logits: (index of the sequence, position of the first row, f32 [n, vocab])."""
 
 
 @dataclass(frozen=True)
@@ -309,26 +312,52 @@ class Core:
 
     # ---- looking in
 
-    def logits(self, tokens: Sequence[int], seq_id: int) -> np.ndarray:
-        """Logits after every token: f32 [T, vocab]. Running sequences yield their pages if need be."""
+    def read_logits(
+        self, sequences: Sequence[Sequence[int]], ids: Sequence[int], first: int, visit: LogitsVisitor
+    ) -> None:
+        """Show the logits of sequences (of one length, named `ids`) from position `first` on.
+
+        The tokens before are computed together. Running sequences yield their pages if need be.
+        """
         self.absorb()
         self._doubt = _Doubt.PAGES
         self._runner.close()
         self._free_steps = 0
-        pages = self.scheduler.borrow(seq_id, len(tokens))
-        self._doubt = _Doubt.LOOP
+        taken: list[int] = []
         try:
-            parts = [
-                self.backend.logits_forward(
-                    self.weights, self.kv, SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages)
-                )
-                for start in range(0, len(tokens), LOGITS_CHUNK)
-            ]
-            return np.concatenate(parts)
+            pages = []
+            for seq_id, tokens in zip(ids, sequences, strict=True):
+                pages.append(self.scheduler.borrow(seq_id, len(tokens)))
+                taken.append(seq_id)
+                self.manager.pin(seq_id)  # or it could be moved to the host for the next one
+            self._doubt = _Doubt.LOOP
+            self._compute_before(sequences, pages, first)
+            for i, tokens in enumerate(sequences):
+                for start in range(first, len(tokens), LOGITS_CHUNK):
+                    piece = SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages[i])
+                    visit(i, start, self.backend.logits_forward(self.weights, self.kv, piece))
         finally:
             self._doubt = _Doubt.PAGES
-            self.manager.close(seq_id)
+            for seq_id in taken:
+                self.manager.close(seq_id)
             self._doubt = _Doubt.NONE
+
+    def _compute_before(self, sequences: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], first: int) -> None:
+        """Write the KV of the first `first` tokens of each sequence."""
+        chunk = max(self.config.scheduler.idle_chunk_size // len(sequences), 1)
+        for start in range(0, first, chunk):
+            batch = BatchInput(
+                [
+                    SequenceInput(tokens[start : min(start + chunk, first)], start, own, wants_logits=False)
+                    for tokens, own in zip(sequences, pages, strict=True)
+                ]
+            )
+            self.backend.batch_forward_gpu_pure(self.weights, self.kv, batch)
+
+    def sequences_at_once(self, length: int, first: int) -> int:
+        """How many sequences `read_logits` takes with profit: what fills a step, as far as there are pages."""
+        fill = self.config.scheduler.idle_chunk_size // max(first, 1)
+        return max(min(fill, self.pool.num_pages // self.pool.pages_for(length)), 1)
 
     def metrics(self) -> Metrics:
         """Counts and timings so far."""

@@ -25,6 +25,7 @@ LAYERS = (
     {"engine"},
     {"generation"},
     {"llm"},
+    {"evaluation"},
     {"__init__"},
     {"serve", "cli"},
     {"__main__"},
