@@ -111,8 +111,8 @@ class PageStage(Protocol):
     def to_host(self, pages: Sequence[int], buffer: StageBuffer) -> None:
         """Copy pages to the first rows of a buffer. The pages may be given to others at once."""
 
-    def to_device(self, buffer: StageBuffer, pages: Sequence[int]) -> None:
-        """Copy the first rows of a buffer to pages, none of which comes twice."""
+    def to_device(self, buffer: StageBuffer, pages: Sequence[int], first: int = 0) -> None:
+        """Copy rows `first` … of a buffer to pages, none of which comes twice."""
 
     def close(self) -> None:
         """Give the memory back, once copies are done; buffers must not be used any more."""

@@ -17,18 +17,17 @@ Count = Callable[[int, float, bool], None]
 
 
 class CpuBuffer:
-    """Rows of a stage's memory, or rows that somebody else keeps."""
+    """Rows of a stage's memory, or rows that somebody else keeps instead of them."""
 
-    def __init__(self, data: np.ndarray, free: deque[np.ndarray] | None = None) -> None:
+    def __init__(self, own: np.ndarray, free: deque[np.ndarray], data: np.ndarray) -> None:
         self.data = data
-        self._free = free
+        self._own, self._free = own, free
 
     def wait(self) -> None:
         """Nothing is ever under way."""
 
     def __del__(self) -> None:
-        if self._free is not None:
-            self._free.append(self.data)
+        self._free.append(self._own)
 
 
 class CpuStage:
@@ -44,12 +43,16 @@ class CpuStage:
 
     def take(self) -> CpuBuffer | None:
         try:
-            return CpuBuffer(self._free.popleft(), self._free)
+            own = self._free.popleft()
         except IndexError:
             return None
+        return CpuBuffer(own, self._free, own)
 
-    def hold(self, rows: np.ndarray) -> CpuBuffer:
-        return CpuBuffer(rows)  # as good as any copy of it
+    def hold(self, rows: np.ndarray) -> CpuBuffer | None:
+        buffer = self.take()
+        if buffer is not None:
+            buffer.data = rows  # as good as a copy of them
+        return buffer
 
     def to_host(self, pages: Sequence[int], buffer: StageBuffer) -> None:
         start = perf_counter()
@@ -57,9 +60,9 @@ class CpuStage:
             buffer.data[row] = self._pages[page]
         self._count(len(pages) * self._kv.config.page_nbytes, perf_counter() - start, True)
 
-    def to_device(self, buffer: StageBuffer, pages: Sequence[int]) -> None:
+    def to_device(self, buffer: StageBuffer, pages: Sequence[int], first: int = 0) -> None:
         start = perf_counter()
-        for row, page in enumerate(checked(pages, len(self._pages), "page")):
+        for row, page in enumerate(checked(pages, len(self._pages), "page"), first):
             self._pages[page] = buffer.data[row]
         self._count(len(pages) * self._kv.config.page_nbytes, perf_counter() - start, False)
 

@@ -67,8 +67,8 @@ class CudaStage:
         self.space.swap_out(pages, self._slots_of(buffer, len(pages)))
         self._mark(buffer)
 
-    def to_device(self, buffer: StageBuffer, pages: Sequence[int]) -> None:
-        self.space.swap_in(self._slots_of(buffer, len(pages)), pages)
+    def to_device(self, buffer: StageBuffer, pages: Sequence[int], first: int = 0) -> None:
+        self.space.swap_in(self._slots_of(buffer, len(pages), first), pages)
         self._mark(buffer)
 
     def wait(self, index: int) -> None:
@@ -89,12 +89,12 @@ class CudaStage:
             mark.close()
         self._slots = self._slots[:0]
 
-    def _slots_of(self, buffer: StageBuffer, count: int) -> range:
+    def _slots_of(self, buffer: StageBuffer, count: int, first: int = 0) -> range:
         assert isinstance(buffer, CudaBuffer)
-        if count > self._num_pages:
-            raise ValueError(f"{count} pages for a buffer of {self._num_pages}")
-        first = buffer.index * self._num_pages
-        return range(first, first + count)
+        if first + count > self._num_pages:
+            raise ValueError(f"{first + count} pages for a buffer of {self._num_pages}")
+        slot = buffer.index * self._num_pages + first
+        return range(slot, slot + count)
 
     def _mark(self, buffer: StageBuffer) -> None:
         assert isinstance(buffer, CudaBuffer)
