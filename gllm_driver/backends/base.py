@@ -161,6 +161,10 @@ class Backend(Protocol):
     maps_weights: bool  # weights stay where their file is mapped: they take none of the device's memory
     weight_dtypes: tuple[str, ...]  # stored types its ops compute; matrices of others are repacked by upload_weights
 
+    @property
+    def numerics(self) -> str:
+        """Names whatever decides the last bits of its results: kernels, architecture."""
+
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
     ) -> WeightsHandle:

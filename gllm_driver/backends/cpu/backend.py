@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cpu_backend.compile import source_key
 from cpu_backend.kernels import WEIGHT_DTYPES, all_entries
 from cpu_backend.memory import available_nbytes, memory_pressure
 from cpu_backend.program import Program
@@ -52,6 +53,10 @@ class CpuBackend:
         self._decoders = Decoders(self._team, workspace, self._compiling)
         self._forwards = 0
         self._traffic = Traffic()
+
+    @property
+    def numerics(self) -> str:
+        return f"cpu {source_key()}"
 
     @property
     def num_threads(self) -> int:

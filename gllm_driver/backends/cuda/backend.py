@@ -76,6 +76,12 @@ class CudaBackend:
         self._copies: dict[int, PageCopies] = {}  # likewise
         self._loops: weakref.WeakSet[CudaDecodeLoop] = weakref.WeakSet()
 
+    @property
+    def numerics(self) -> str:
+        about = self.device.properties
+        major, minor = about.cc
+        return f"cuda {major}.{minor} {about.num_sms} SMs {self.runtime.library.digest}"
+
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
     ) -> WeightsHandle:

@@ -172,9 +172,7 @@ class Fetcher:
                 load.tokens[:stop], key.position, lambda first, pages: self._stage.to_device(buffer, pages, first)
             )
         except BackendError as error:
-            self._counts.fault(
-                "miss copy", "fetched KV could not be copied to the device", error
-            )
+            self._counts.fault("miss copy", "fetched KV could not be copied to the device", error)
             load.is_over = True
             return
         if not found:
