@@ -130,8 +130,7 @@ class FakeBackend:
 
 class FakeBuffer:
     def __init__(self, stage: FakeStage, own: np.ndarray) -> None:
-        self.data = self._own = own
-        self._stage = stage
+        self._stage, self._own, self.data = stage, own, own
 
     def wait(self) -> None:
         self._stage.backend._enter("wait")

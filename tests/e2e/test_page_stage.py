@@ -136,3 +136,32 @@ def test_arrays_larger_than_the_buffers_go_in_parts(monkeypatch: pytest.MonkeyPa
         assert cuda.copy_pages_to_host(kv, []).shape == (0, CONFIG.page_nbytes)
     finally:
         cuda.close()
+
+
+def test_a_step_waits_for_a_copy_only_if_it_clashes_with_it() -> None:
+    """Pages that are copied out may be read meanwhile; pages that are copied in may not."""
+    if session.on_real_gpu():
+        pytest.skip("counts calls of the simulated driver")
+    stub = fresh()
+    cuda = open_cuda()
+    kv = cuda.alloc_kv_cache(CONFIG)
+    stage = cuda.page_stage(kv, 2, 2)
+    out, back = stage.take(), stage.hold(rows(2))
+    stage.to_host([1, 2], out)
+
+    def num_waits(pages: list[int], first_written: int) -> int:
+        stub.set_faults("")  # counts from here
+        cuda._before(kv, pages, first_written)
+        return stub.num_calls("cuStreamWaitEvent")
+
+    assert num_waits([1, 2, 3], 2) == 0
+    assert num_waits([3, 4], 0) == 0
+    assert num_waits([3, 2], 1) == 1
+    stage.to_device(back, [5, 6])
+    assert num_waits([5, 6, 7], 2) == 1
+    assert num_waits([7, 8], 0) == 0
+    out.wait()
+    back.wait()
+    assert num_waits([1, 2, 5, 6], 0) == 0
+    cuda.close()
+    assert stub.live() == {}
