@@ -42,6 +42,8 @@ REASONS = {
 }
 # Reasons to throw an entry away: under its name nothing useful will ever be found.
 DAMAGED = frozenset({"truncated", "magic", "header", "checksum", "model", "key", "tokens", "dims"})
+# Reasons that say something of a server, and nothing of an entry.
+SERVER_FAULTS = frozenset({"timeout", "unreachable", "auth", "reply", "down"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +135,22 @@ class StoredEntry:
     stored_nbytes: int
     created: float
     codec: str
+
+    @classmethod
+    def of(cls, key: KvChunkKey, name: str, stored_nbytes: int, created: float, codec: str) -> StoredEntry:
+        root = key.root
+        return cls(
+            name=name,
+            model=root.model,
+            root=root.digest,
+            dtype=root.layout.dtype,
+            num_tokens=key.num_tokens,
+            position=key.position,
+            payload_nbytes=key.payload_nbytes,
+            stored_nbytes=stored_nbytes,
+            created=created,
+            codec=codec,
+        )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,11 @@ PREFIX_NBYTES = _CHECKSUM_AT + DIGEST_NBYTES  # what precedes the token ids
 MAX_HEADER_NBYTES = -(-(PREFIX_NBYTES + 8 * MAX_TOKENS) // ALIGNMENT) * ALIGNMENT
 
 
+def header_nbytes_of(data: bytes | memoryview) -> int:
+    """How long the header that begins like this is, by its own account."""
+    return int(struct.unpack_from("<I", data, 12)[0])
+
+
 def header_nbytes(num_tokens: int) -> int:
     return -(-(PREFIX_NBYTES + 8 * num_tokens) // ALIGNMENT) * ALIGNMENT
 

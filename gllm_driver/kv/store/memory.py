@@ -89,12 +89,12 @@ class MemoryStore:
     def entries(self) -> Iterator[StoredEntry]:
         with self._lock:
             listed = list(self._held.values())
-        return (_described(held, str(self._codec) if held.packed is not None else "none") for held in listed)
+        return (self._described(held) for held in listed)
 
     def purge(self, *, model: bytes | None = None, older_than_s: float | None = None) -> int:
         with self._lock:
             listed = list(self._held.items())
-        gone = [(d, held) for d, held in listed if selected(_described(held, ""), model, older_than_s)]
+        gone = [(d, held) for d, held in listed if selected(self._described(held), model, older_than_s)]
         return sum(self._drop(digest, held) for digest, held in gone)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
@@ -122,6 +122,9 @@ class MemoryStore:
         with self._lock:
             assert self._nbytes == sum(held.nbytes for held in self._held.values()), "bytes are miscounted"
             assert self._nbytes <= self.capacity_nbytes, "more bytes than allowed"
+
+    def _described(self, held: _Held) -> StoredEntry:
+        return StoredEntry.of(held.key, held.key.digest.hex(), held.nbytes, held.created, str(self._codec))
 
     def _packed(self, entry: KvEntry) -> _Held:
         created = entry.created or time.time()
@@ -174,19 +177,3 @@ class MemoryStore:
             del self._held[digest]
             self._nbytes -= held.nbytes
             return True
-
-
-def _described(held: _Held, codec: str) -> StoredEntry:
-    key = held.key
-    return StoredEntry(
-        name=key.digest.hex(),
-        model=key.root.model,
-        root=key.root.digest,
-        dtype=key.root.layout.dtype,
-        num_tokens=key.num_tokens,
-        position=key.position,
-        payload_nbytes=key.payload_nbytes,
-        stored_nbytes=held.nbytes,
-        created=held.created,
-        codec=codec,
-    )

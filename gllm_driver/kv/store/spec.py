@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from ...errors import RequestError
@@ -84,7 +85,29 @@ def _open(tier: TierSpec, namespace: str) -> KvStore:
         from .memory import MemoryStore
 
         return MemoryStore(parse_size(tier.where, "memory"), codec=tier.codec, verify=tier.flag("verify", True))
-    raise RequestError(f"KV store {tier.name}: not there yet")
+    if tier.kind == "disk":
+        from .disk import DiskStore
+
+        return DiskStore(
+            Path(tier.where),
+            tier.size("cap", "20GiB"),
+            codec=tier.codec,
+            namespace=namespace,
+            fsync=tier.flag("fsync", True),
+        )
+    from .redis_store import RedisStore
+
+    return RedisStore(
+        tier.where,
+        name=tier.name,
+        codec=tier.codec,
+        namespace=namespace,
+        prefix=tier.options.get("prefix", "gllm"),
+        ttl_s=tier.number("ttl", 24 * 3600, 0, 10 * 365 * 24 * 3600),
+        timeout_s=tier.number("timeout_ms", 250, 1, 600_000) / 1000,
+        backoff_s=tier.number("backoff_ms", 2000, 0, 3_600_000) / 1000,
+        part_nbytes=tier.size("part", "64MiB"),
+    )
 
 
 def parse_spec(spec: str, *, deterministic: bool = False) -> list[TierSpec]:
