@@ -50,6 +50,17 @@ class CapacityError(RequestError):
     """One request needs more memory or context than there is."""
 
 
+class StoreError(GllmError):
+    """Bytes of a KV store, or the store itself, are of no use. It costs a cache miss and never more.
+
+    `reason` is one word to count by (kv/store/base.py, REASONS).
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
+
+
 class UnsupportedError(GllmError):
     """The feature exists in the protocol but this backend, or this version, does not have it."""
 

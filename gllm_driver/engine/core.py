@@ -21,6 +21,7 @@ from ..sched.scheduler import Counters, Scheduler
 from ..types import BatchInput, SequenceInput
 from .mailbox import Deadlines, Mailbox
 from .runner import Result, Runner
+from .sharing import KvSharing, KvSharingConfig
 from .swap import Swapper
 
 LOGITS_CHUNK = 256  # tokens of one step whose logits are all read
@@ -36,6 +37,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     swap: SwapConfig = field(default_factory=SwapConfig)
     prefix_reuse: bool = True
+    kv_sharing: KvSharingConfig | None = None  # a store beyond this engine's life; it needs prefix_reuse
 
 
 class _Doubt(enum.IntEnum):
@@ -65,6 +67,9 @@ class Core:
         self._counters = Counters()
 
         self.mailbox = Mailbox()
+        self.sharing: KvSharing | None = None
+        if config.kv_sharing is not None:
+            self.sharing = KvSharing(backend, weights, kv, config.kv_sharing, self.mailbox.knock)
         self._deadlines = Deadlines()
         self._doubt = _Doubt.NONE
         self._ended: list[RunningSequence] = []
@@ -88,6 +93,9 @@ class Core:
         self.kv.tracker = self.manager
         self.scheduler = Scheduler(self.manager, self.config.scheduler, lambda: self.pool.num_available)
         self.scheduler.counters = self._counters
+        if self.sharing is not None:
+            self.sharing.open_books(self.manager)
+            self.scheduler.is_ready = self.sharing.fetcher.is_ready
         self._runner = Runner(self.backend, self.weights, self.kv, self.manager.pages)
 
     # ---- one step
@@ -114,15 +122,23 @@ class Core:
             if self._ended:
                 return
         self._doubt = _Doubt.PAGES
+        if self.sharing is not None:
+            self.sharing.fetcher.land()
         plan = self.scheduler.plan()
+        if self.sharing is not None:
+            self.sharing.saving.save(self.scheduler.running)
         if not plan.pieces:
-            self._refuse_first()
+            self._doubt = _Doubt.NONE
+            if self.sharing is None or not self.sharing.fetcher.wait():
+                self._refuse_first()
             return
         self._doubt = _Doubt.LOOP
         start = perf_counter()
         results = self._runner.run(plan)
         now = perf_counter()
         self._recorder.steps += 1
+        if self.sharing is not None:
+            self.sharing.learn(plan, now - start)
         for piece, result in zip(plan.pieces, results, strict=True):
             self._commit(piece, result, now, now - start)
         if self._runner.loop is not None:
@@ -231,6 +247,8 @@ class Core:
             sequence = self._ended[-1]
             if sequence.has_kv and sequence.error is None:
                 self.scheduler.share(sequence)
+            if self.sharing is not None:
+                self.sharing.end(sequence)
             self.scheduler.remove(sequence)
             self.mailbox.live.pop(sequence.id, None)
             self._ended.pop()
@@ -259,6 +277,8 @@ class Core:
         mailbox = self.mailbox
         mailbox.has_mail = False
         self._doubt = _Doubt.PAGES
+        if self.sharing is not None and self.sharing.fetcher.has_news:
+            self._free_steps = 0
         while mailbox.inbox:
             self._welcome(mailbox.inbox[0])
             mailbox.inbox.popleft()
@@ -275,6 +295,8 @@ class Core:
             return
         sequence.is_known = True
         self.scheduler.add(sequence)
+        if self.sharing is not None:
+            self.sharing.fetcher.welcome(sequence)
         self._deadlines.add(sequence, len(self.mailbox.live))
 
     def _recover(self) -> None:
@@ -374,6 +396,7 @@ class Core:
             swapped_out_pages=stats.counters.pages_swapped_out,
             swapped_in_pages=stats.counters.pages_swapped_in,
             copy_failures=counters.copy_failures,
+            store=None if self.sharing is None else self.sharing.metrics(),
         )
 
     def audit(self) -> None:

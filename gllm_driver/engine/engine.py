@@ -162,6 +162,8 @@ class Engine:
         with self._stepping:
             self._core.end_all("cancelled")
         self._wake()
+        if self._core.sharing is not None:
+            self._core.sharing.close()
 
     def fail_all(self, error: GllmError) -> None:
         """End every request with an error, as when the thread that ran the steps dies."""
