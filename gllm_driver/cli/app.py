@@ -12,6 +12,7 @@ from .console import Console
 from .generate import generate
 from .info import info
 from .outcome import EXIT_CODES, catch_signals, report
+from .quantize import quantize
 
 
 @click.group(
@@ -29,6 +30,7 @@ def gllm(context: click.Context) -> None:
 
 gllm.add_command(generate)
 gllm.add_command(info)
+gllm.add_command(quantize)
 
 
 def run(args: Sequence[str]) -> int:

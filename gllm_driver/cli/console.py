@@ -16,6 +16,7 @@ from .outcome import OutputError
 _STAGES = {
     "download": ("downloading", "B", 0.0),
     "load": ("loading weights", "B", 0.3),
+    "quantize": ("quantizing", "weight", 0.3),
     "compile": ("compiling kernels, once for this machine", "kernel", 0.0),
 }
 
