@@ -42,6 +42,10 @@ class HubError(GllmError):
     """A model could not be fetched from the hub (offline, unknown id, no permission)."""
 
 
+class WriteError(GllmError):
+    """An output file cannot be written: no space, no permission, something is there already. Nothing of it is left."""
+
+
 class RequestError(GllmError):
     """One request is wrong: empty prompt, token id out of range, contradictory sampling options."""
 

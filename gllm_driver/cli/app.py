@@ -14,6 +14,7 @@ from .generate import generate
 from .info import info
 from .outcome import EXIT_CODES, catch_signals, report
 from .perplexity import perplexity
+from .quantize import quantize
 
 
 @click.group(
@@ -33,6 +34,7 @@ gllm.add_command(generate)
 gllm.add_command(info)
 gllm.add_command(perplexity)
 gllm.add_command(compare)
+gllm.add_command(quantize)
 
 
 def run(args: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ _STAGES = {
     "download": ("downloading", "B", 0.0),
     "load": ("loading weights", "B", 0.3),
     "read": ("reading", "window", 0.3),
+    "quantize": ("quantizing", "weight", 0.3),
     "compile": ("compiling kernels, once for this machine", "kernel", 0.0),
 }
 

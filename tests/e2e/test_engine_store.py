@@ -395,7 +395,7 @@ def test_interleavings_with_a_store() -> None:
             phases=[Phase.explicit, Phase.generate],
         ),
     )
-    assert Shared.store.stats().hits > 100
+    assert Shared.store.stats().hits > 20  # how many depends on how fast the store's thread is beside the steps
 
 
 def test_entries_are_what_the_pages_were() -> None:

@@ -21,7 +21,7 @@ LAYERS = (
     {"backends"},
     {"models", "kv"},
     {"loaders"},
-    {"sched", "metrics", "text", "demo"},
+    {"convert", "sched", "metrics", "text", "demo"},
     {"engine"},
     {"generation"},
     {"llm"},
