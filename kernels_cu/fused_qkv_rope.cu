@@ -153,10 +153,8 @@ struct Qkv {
     const int part = n < a.QD ? 0 : n < a.QD + a.KD ? 1 : 2, row = n - (part == 0 ? 0 : a.QD + (part - 1) * a.KD);
     float sum[kPlainTokens];
     plain_row(weight_of(part), dtype_of(part), row, rows, tokens, K, sum);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) raw_row(first + t, part)[row] = sum[t];
-    }
+    const int t = threadIdx.x % 32;
+    if (t < tokens) raw_row(first + t, part)[row] = lane_sum(sum);
   }
 
   // One head of one token: bias, norm, rotation, and to where it belongs. All lanes of a warp.
@@ -205,10 +203,10 @@ ROWS(bf16, bf16)
 KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
     overlap_launches();                                                                                          \
     const Qkv op(a, scratch);                                                                                 \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 

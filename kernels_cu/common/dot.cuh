@@ -40,7 +40,7 @@ struct Dot {
   __device__ __forceinline__ const unsigned char *row_of(int group, int i) const {
     const int entry = group * kEntries + i / Op::kUnit, unit = entry / kTileRows;
     if (unit >= op.num_units()) return nullptr;
-    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows).data;
+    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows);
   }
 
   // Lane i works out where row i is: for all lanes.
