@@ -26,27 +26,29 @@ import click
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.header import write_headers
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
-from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, warnings_in
+from tools.nvcc import OF_RECORD, BuildError, Nvcc, code, compile_cubin, figures, find, warnings_in
 
 # What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
 ARCHS = ("80", "86", "89", "90")
-ALLOWED_SPILLS: Mapping[str, int] = {  # kernel → bytes of spill stores it may have, each with its reason
-    "fused_gate_up_silu__plain": 56,  # on sm_80 alone; the path of weights that no fast kernel takes
-}
-# The goal is 20 MB: packed weights of four widths, products for few tokens and ALiBi took the set past it. They
-# compress to a third, so the wheel stays under 25 MB.
-MAX_TOTAL_NBYTES = 26 << 20
+# An architecture for which nvcc makes the same instructions as for an earlier one, which its devices run: where an op's
+# binaries agree, the manifest names the earlier one's file for both.
+SHARING = {"89": "86"}
+ALLOWED_SPILLS: Mapping[str, int] = {}  # kernel → bytes of spill stores it may have, each with its reason
+MAX_TOTAL_NBYTES = 20_000_000
 
 
 def is_current(tree: Tree, target: Target, entry: Mapping[str, Any] | None, nvcc_version: str) -> bool:
     """Whether the binary on disk is what the sources say."""
-    path = tree.cubin / target.file
-    return (
-        entry is not None
-        and entry["source_hash"] == tree.source_hash(target, nvcc_version)
-        and path.is_file()
-        and sha256(path) == entry["sha256"]
-    )
+    if entry is None or entry["source_hash"] != tree.source_hash(target, nvcc_version):
+        return False
+    path = tree.cubin / file_of(target.file, entry)
+    return path.is_file() and sha256(path) == entry["sha256"]
+
+
+def file_of(name: str, entry: Mapping[str, Any]) -> str:
+    """Where the code of a manifest entry lies: its own file, or one it shares."""
+    found: str = entry.get("same_as", name)
+    return found
 
 
 def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
@@ -108,9 +110,10 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(scratch)
+    share(tree, files)
     forget_strangers(tree, files)
     write_manifest(tree, files)
-    total = sum(entry["nbytes"] for entry in files.values())
+    total = total_nbytes(files)
     done = len(stale) - len(problems)
     click.echo(
         f"{done} built, {len(targets) - len(stale)} up to date, {len(problems)} failed; "
@@ -128,6 +131,23 @@ def publish(tree: Tree, target: Target, out: Path, entry: dict[str, Any], files:
     write_manifest(tree, files)
 
 
+def share(tree: Tree, files: dict[str, Any]) -> None:
+    """Let entries of an architecture that can share name the earlier one's file, where the code is the same."""
+    for name, entry in files.items():
+        earlier = f"sm_{SHARING.get(entry['arch'])}/{entry['op']}.cubin"
+        own, other = tree.cubin / name, tree.cubin / earlier
+        if "same_as" in entry or earlier not in files or not (own.is_file() and other.is_file()):
+            continue
+        if code(own.read_bytes()) == code(other.read_bytes()):
+            files[name] = entry | {"same_as": earlier, "sha256": files[earlier]["sha256"]}
+            own.unlink()
+
+
+def total_nbytes(files: Mapping[str, Any]) -> int:
+    """Bytes of all files that there are."""
+    return sum(entry["nbytes"] for entry in files.values() if "same_as" not in entry)
+
+
 def write_manifest(tree: Tree, files: dict[str, Any]) -> None:
     manifest = {"format": MANIFEST_FORMAT, "flags": list(FLAGS), "files": dict(sorted(files.items()))}
     write_atomically(tree.manifest, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -138,7 +158,8 @@ def forget_strangers(tree: Tree, files: dict[str, Any]) -> None:
     for name in [n for n, entry in files.items() if entry["op"] not in CONTRACTS]:
         del files[name]
     for path in tree.cubin.glob("sm_*/*.cubin"):
-        if path.relative_to(tree.cubin).as_posix() not in files:
+        name = path.relative_to(tree.cubin).as_posix()
+        if name not in files or "same_as" in files[name]:
             path.unlink()
 
 
@@ -167,10 +188,11 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
     targets, sources = list(targets), tree.sources()
     problems += [f"kernels_cu/{op}.cu does not exist" for op in sorted({t.op for t in targets} - set(sources))]
     for target in [t for t in targets if t.op in sources]:
-        entry, path = files.get(target.file), tree.cubin / target.file
+        entry = files.get(target.file)
         if entry is None:
             problems.append(f"{target.file}: not built")
             continue
+        path = tree.cubin / file_of(target.file, entry)
         if not path.is_file():
             problems.append(f"{target.file}: in the manifest, but the file is missing")
         elif sha256(path) != entry["sha256"]:
@@ -184,7 +206,7 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
     known = {f"sm_{arch}/{op}.cubin" for op in CONTRACTS for arch in ARCHS}
     strangers = set(files) | {p.relative_to(tree.cubin).as_posix() for p in tree.cubin.glob("sm_*/*.cubin")}
     problems += [f"{name}: no op and architecture of this version" for name in sorted(strangers - known)]
-    total = sum(entry["nbytes"] for entry in files.values())
+    total = total_nbytes(files)
     if total > MAX_TOTAL_NBYTES:
         problems.append(f"all files: {total / 1e6:.1f} MB, at most {MAX_TOTAL_NBYTES / 1e6:.0f} MB may be committed")
     return problems

@@ -162,7 +162,7 @@ __device__ __forceinline__ void gemv(const Op &op) {
   SHARED(float, scales, kMaxGemvTokens);
   SHARED(float, unscales, kMaxGemvTokens);
   const Kernel kernel(op, shared);
-  typename Kernel::Cursor next{static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32) - kGemvWarps}, copied = next;
+  typename Kernel::Cursor next{static_cast<int>(blockIdx.x), warp_index() - kGemvWarps}, copied = next;
   kernel.advance(next);
 #pragma unroll 1
   for (int s = 0; s < Kernel::kStages; s++) kernel.advance(copied), kernel.copy_tile(copied, s);

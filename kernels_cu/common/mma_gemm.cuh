@@ -35,10 +35,12 @@ struct MmaGemm {
 
   // The rows of weights whose pieces this thread copies, the same in every stage.
   __device__ __forceinline__ void find_rows(const unsigned char *(&from)[kCopies]) const {
-#pragma unroll
+#pragma unroll 1  // the code exists once
     for (int j = 0; j < kCopies; j++) {
       const int r = (static_cast<int>(threadIdx.x) + j * Shape::kThreads) / Tile::kPieces;
-      from[j] = op.template tile<D>(first_tile + r / 8).row(r % 8);
+      const unsigned char *row = op.template tile<D>(first_tile + r / 8).row(r % 8);
+#pragma unroll
+      for (int i = 0; i < kCopies; i++) from[i] = i == j ? row : from[i];
     }
   }
 
@@ -114,13 +116,13 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
   constexpr int kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages, kDepth = Shape::kDepth;
   static_assert(Shape::kRows % (8 * Op::kUnit) == 0, "the tiles of a unit belong to one block");
   DYN_SHARED(unsigned char, shared);
-  const int warp = threadIdx.x / 32, row_warps = Shape::kRows / (kRowTiles * 8);
+  const int warp = warp_index(), row_warps = Shape::kRows / (kRowTiles * 8);
   const Kernel kernel{op, prepared, shared, static_cast<int>(blockIdx.y) * Shape::kTokens, static_cast<int>(blockIdx.x) * (Shape::kRows / 8),
                       warp / row_warps * kTokenTiles * 16, warp % row_warps * kRowTiles};
 
   const int depths = ceil_div(op.K, kDepth);
   int stage = 0, filled = kStages - 1;  // the stage that is multiplied, and the one that is copied to meanwhile
-  const unsigned char *from[Kernel::kCopies];
+  const unsigned char *from[Kernel::kCopies] = {};
   kernel.find_rows(from);
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; s++) {

@@ -76,7 +76,7 @@ __device__ __forceinline__ float lane_sum(const float (&sum)[kPlainTokens]) {
 // All units of `op` for all tokens: op.plain(unit_row, x, first token, tokens) per warp. A unit row is one row of output.
 template <class Op>
 __device__ __forceinline__ void plain_gemm(const Op &op, const float *x, int rows) {
-  const int row = static_cast<int>(blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32;
+  const int row = static_cast<int>(blockIdx.x) * (kPlainThreads / 32) + warp_index();
   if (row >= rows) return;
 #pragma unroll 1
   for (int first = blockIdx.y * kPlainTokens; first < op.T; first += gridDim.y * kPlainTokens) {
