@@ -26,12 +26,12 @@ import click
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.header import write_headers
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
-from tools.nvcc import OF_RECORD, BuildError, Nvcc, code, compile_cubin, figures, find, warnings_in
+from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, warnings_in
 
 # What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
 ARCHS = ("80", "86", "89", "90")
-# An architecture for which nvcc makes the same instructions as for an earlier one, which its devices run: where an op's
-# binaries agree, the manifest names the earlier one's file for both.
+# Architectures that take an earlier one's files: nvcc makes the same instructions for both, but for the order of a few
+# in four helper kernels. The manifest has entries for all.
 SHARING = {"89": "86"}
 ALLOWED_SPILLS: Mapping[str, int] = {}  # kernel → bytes of spill stores it may have, each with its reason
 MAX_TOTAL_NBYTES = 20_000_000
@@ -39,16 +39,18 @@ MAX_TOTAL_NBYTES = 20_000_000
 
 def is_current(tree: Tree, target: Target, entry: Mapping[str, Any] | None, nvcc_version: str) -> bool:
     """Whether the binary on disk is what the sources say."""
-    if entry is None or entry["source_hash"] != tree.source_hash(target, nvcc_version):
-        return False
-    path = tree.cubin / file_of(target.file, entry)
-    return path.is_file() and sha256(path) == entry["sha256"]
+    path = tree.cubin / target.file
+    return (
+        entry is not None
+        and entry["source_hash"] == tree.source_hash(target, nvcc_version)
+        and path.is_file()
+        and sha256(path) == entry["sha256"]
+    )
 
 
-def file_of(name: str, entry: Mapping[str, Any]) -> str:
-    """Where the code of a manifest entry lies: its own file, or one it shares."""
-    found: str = entry.get("same_as", name)
-    return found
+def maker(target: Target) -> Target:
+    """The target whose file serves this one."""
+    return Target(target.op, SHARING.get(target.arch, target.arch))
 
 
 def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
@@ -89,7 +91,8 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     manifest = tree.read_manifest()
     files: dict[str, Any] = manifest["files"]
     write_headers(tree.kernels / "generated")
-    stale = [t for t in targets if not is_current(tree, t, files.get(t.file), nvcc.version)]
+    made = list(dict.fromkeys(maker(t) for t in targets))
+    stale = [t for t in made if not is_current(tree, t, files.get(t.file), nvcc.version)]
     problems: list[str] = []
     for left in tree.cubin.glob(".build-*"):  # by a build that was killed; this one holds the lock
         shutil.rmtree(left)
@@ -110,13 +113,15 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(scratch)
-    share(tree, files)
+    for target in targets:
+        if target != maker(target) and (entry := alias(target, files)):
+            files[target.file] = entry
     forget_strangers(tree, files)
     write_manifest(tree, files)
     total = total_nbytes(files)
     done = len(stale) - len(problems)
     click.echo(
-        f"{done} built, {len(targets) - len(stale)} up to date, {len(problems)} failed; "
+        f"{done} built, {len(made) - len(stale)} up to date, {len(problems)} failed; "
         f"{len(files)} files, {total / 1e6:.2f} MB in {tree.cubin}"
     )
     return sorted(problems)
@@ -131,16 +136,10 @@ def publish(tree: Tree, target: Target, out: Path, entry: dict[str, Any], files:
     write_manifest(tree, files)
 
 
-def share(tree: Tree, files: dict[str, Any]) -> None:
-    """Let entries of an architecture that can share name the earlier one's file, where the code is the same."""
-    for name, entry in files.items():
-        earlier = f"sm_{SHARING.get(entry['arch'])}/{entry['op']}.cubin"
-        own, other = tree.cubin / name, tree.cubin / earlier
-        if "same_as" in entry or earlier not in files or not (own.is_file() and other.is_file()):
-            continue
-        if code(own.read_bytes()) == code(other.read_bytes()):
-            files[name] = entry | {"same_as": earlier, "sha256": files[earlier]["sha256"]}
-            own.unlink()
+def alias(target: Target, files: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The entry of an op for an architecture that shares another's file; None while there is no such file."""
+    entry = files.get(maker(target).file)
+    return None if entry is None else entry | {"arch": target.arch, "same_as": maker(target).file}
 
 
 def total_nbytes(files: Mapping[str, Any]) -> int:
@@ -192,7 +191,11 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
         if entry is None:
             problems.append(f"{target.file}: not built")
             continue
-        path = tree.cubin / file_of(target.file, entry)
+        if target != maker(target):
+            if entry != alias(target, files):
+                problems.append(f"{target.file}: not what {maker(target).file} is")
+            continue
+        path = tree.cubin / target.file
         if not path.is_file():
             problems.append(f"{target.file}: in the manifest, but the file is missing")
         elif sha256(path) != entry["sha256"]:

@@ -156,27 +156,7 @@ def figures(said: str, cubin: bytes) -> dict[str, KernelFigures]:
 
 
 _EIATTR_MAX_THREADS = 0x05
-_NO_BITS = 8  # the type of a section that takes no space in the file
 _FORMAT_SIZED = 4  # an entry of .nv.info whose 16-bit value is the size of what follows
-
-
-def sections(cubin: bytes) -> dict[str, bytes]:
-    """The sections of a CUBIN by name. BuildError for bytes that are no 64-bit little-endian ELF file."""
-    if cubin[:6] != b"\x7fELF\x02\x01":
-        raise BuildError("the compiler's output is no ELF file")
-    table, count, names_at = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HH", cubin, 60)
-    headers = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
-    strings = headers[names_at][4] if headers else 0
-    found = {}
-    for name_at, kind, _, _, offset, nbytes in headers:
-        name = cubin[strings + name_at : cubin.index(b"\0", strings + name_at)].decode()
-        found[name] = b"" if kind == _NO_BITS else cubin[offset : offset + nbytes]
-    return found
-
-
-def code(cubin: bytes) -> dict[str, bytes]:
-    """What a device runs: the instructions and constants of every kernel, by section."""
-    return {name: data for name, data in sections(cubin).items() if name.startswith((".text.", ".nv.constant"))}
 
 
 def max_threads(cubin: bytes) -> dict[str, int]:
@@ -184,12 +164,18 @@ def max_threads(cubin: bytes) -> dict[str, int]:
 
     Raises BuildError for bytes that are no 64-bit little-endian ELF file.
     """
+    if cubin[:6] != b"\x7fELF\x02\x01":
+        raise BuildError("the compiler's output is no ELF file")
+    table, count, names_at = *struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HH", cubin, 60)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, table + 64 * i) for i in range(count)]
+    strings = headers[names_at][4] if headers else 0
     found: dict[str, int] = {}
-    for name, data in sections(cubin).items():
+    for name_at, _, _, _, offset, nbytes in headers:
+        name = cubin[strings + name_at : cubin.index(b"\0", strings + name_at)].decode()
         if name.startswith(".text."):
             found.setdefault(name[len(".text.") :], 0)
         if name.startswith(".nv.info."):
-            found[name[len(".nv.info.") :]] = _max_threads_entry(data)
+            found[name[len(".nv.info.") :]] = _max_threads_entry(cubin[offset : offset + nbytes])
     return found
 
 
