@@ -30,12 +30,11 @@ from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find
 
 # What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
 ARCHS = ("80", "86", "89", "90")
-ALLOWED_SPILLS: Mapping[str, int] = {  # kernel → bytes of spill stores it may have, each with its reason
-    "fused_gate_up_silu__plain": 56,  # on sm_80 alone; the path of weights that no fast kernel takes
-}
-# The goal is 20 MB: packed weights of four widths, products for few tokens and ALiBi took the set past it. They
-# compress to a third, so the wheel stays under 25 MB.
-MAX_TOTAL_NBYTES = 26 << 20
+# Architectures that take an earlier one's files: nvcc makes the same instructions for both, but for the order of a few
+# in four helper kernels. The manifest has entries for all.
+SHARING = {"89": "86"}
+ALLOWED_SPILLS: Mapping[str, int] = {}  # kernel → bytes of spill stores it may have, each with its reason
+MAX_TOTAL_NBYTES = 20_000_000
 
 
 def is_current(tree: Tree, target: Target, entry: Mapping[str, Any] | None, nvcc_version: str) -> bool:
@@ -47,6 +46,11 @@ def is_current(tree: Tree, target: Target, entry: Mapping[str, Any] | None, nvcc
         and path.is_file()
         and sha256(path) == entry["sha256"]
     )
+
+
+def maker(target: Target) -> Target:
+    """The target whose file serves this one."""
+    return Target(target.op, SHARING.get(target.arch, target.arch))
 
 
 def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
@@ -87,7 +91,8 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     manifest = tree.read_manifest()
     files: dict[str, Any] = manifest["files"]
     write_headers(tree.kernels / "generated")
-    stale = [t for t in targets if not is_current(tree, t, files.get(t.file), nvcc.version)]
+    made = list(dict.fromkeys(maker(t) for t in targets))
+    stale = [t for t in made if not is_current(tree, t, files.get(t.file), nvcc.version)]
     problems: list[str] = []
     for left in tree.cubin.glob(".build-*"):  # by a build that was killed; this one holds the lock
         shutil.rmtree(left)
@@ -108,12 +113,15 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     finally:
         pool.shutdown(cancel_futures=True)
         shutil.rmtree(scratch)
+    for target in targets:
+        if target != maker(target) and (entry := alias(target, files)):
+            files[target.file] = entry
     forget_strangers(tree, files)
     write_manifest(tree, files)
-    total = sum(entry["nbytes"] for entry in files.values())
+    total = total_nbytes(files)
     done = len(stale) - len(problems)
     click.echo(
-        f"{done} built, {len(targets) - len(stale)} up to date, {len(problems)} failed; "
+        f"{done} built, {len(made) - len(stale)} up to date, {len(problems)} failed; "
         f"{len(files)} files, {total / 1e6:.2f} MB in {tree.cubin}"
     )
     return sorted(problems)
@@ -128,6 +136,17 @@ def publish(tree: Tree, target: Target, out: Path, entry: dict[str, Any], files:
     write_manifest(tree, files)
 
 
+def alias(target: Target, files: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The entry of an op for an architecture that shares another's file; None while there is no such file."""
+    entry = files.get(maker(target).file)
+    return None if entry is None else entry | {"arch": target.arch, "same_as": maker(target).file}
+
+
+def total_nbytes(files: Mapping[str, Any]) -> int:
+    """Bytes of all files that there are."""
+    return sum(entry["nbytes"] for entry in files.values() if "same_as" not in entry)
+
+
 def write_manifest(tree: Tree, files: dict[str, Any]) -> None:
     manifest = {"format": MANIFEST_FORMAT, "flags": list(FLAGS), "files": dict(sorted(files.items()))}
     write_atomically(tree.manifest, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
@@ -138,7 +157,8 @@ def forget_strangers(tree: Tree, files: dict[str, Any]) -> None:
     for name in [n for n, entry in files.items() if entry["op"] not in CONTRACTS]:
         del files[name]
     for path in tree.cubin.glob("sm_*/*.cubin"):
-        if path.relative_to(tree.cubin).as_posix() not in files:
+        name = path.relative_to(tree.cubin).as_posix()
+        if name not in files or "same_as" in files[name]:
             path.unlink()
 
 
@@ -167,10 +187,15 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
     targets, sources = list(targets), tree.sources()
     problems += [f"kernels_cu/{op}.cu does not exist" for op in sorted({t.op for t in targets} - set(sources))]
     for target in [t for t in targets if t.op in sources]:
-        entry, path = files.get(target.file), tree.cubin / target.file
+        entry = files.get(target.file)
         if entry is None:
             problems.append(f"{target.file}: not built")
             continue
+        if target != maker(target):
+            if entry != alias(target, files):
+                problems.append(f"{target.file}: not what {maker(target).file} is")
+            continue
+        path = tree.cubin / target.file
         if not path.is_file():
             problems.append(f"{target.file}: in the manifest, but the file is missing")
         elif sha256(path) != entry["sha256"]:
@@ -184,7 +209,7 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
     known = {f"sm_{arch}/{op}.cubin" for op in CONTRACTS for arch in ARCHS}
     strangers = set(files) | {p.relative_to(tree.cubin).as_posix() for p in tree.cubin.glob("sm_*/*.cubin")}
     problems += [f"{name}: no op and architecture of this version" for name in sorted(strangers - known)]
-    total = sum(entry["nbytes"] for entry in files.values())
+    total = total_nbytes(files)
     if total > MAX_TOTAL_NBYTES:
         problems.append(f"all files: {total / 1e6:.1f} MB, at most {MAX_TOTAL_NBYTES / 1e6:.0f} MB may be committed")
     return problems

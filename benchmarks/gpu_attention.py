@@ -147,7 +147,7 @@ class Bench:
         counters = np.zeros(1 + max(x.num_counters for _, x in todo), np.int32)
         buffers.append(self.upload(counters))
         extra = buffers[-2].address, buffers[-1].address
-        calls = [(self.library.function(x.symbol), x, PackedParams(args, *x.extra_params(*extra))) for args, x in todo]
+        calls = [(self.library.function(x.symbol), x, PackedParams(*x.params(args, *extra))) for args, x in todo]
 
         def record() -> None:
             for function, x, params in calls:

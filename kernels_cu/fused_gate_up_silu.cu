@@ -84,13 +84,17 @@ struct GateUp {
   }
 
   __device__ __forceinline__ void plain(int f, const float *rows, int first, int tokens) const {
-    float gate[kPlainTokens], up[kPlainTokens];
-    plain_row(a.up, a.up_dtype, f, rows, tokens, K, up);
-    if (is_gated()) plain_row(a.gate, a.gate_dtype, f, rows, tokens, K, gate);
+    float value[kPlainTokens], up[kPlainTokens];
+#pragma unroll 1  // up, then gate: the code exists once
+    for (int side = 0; side <= is_gated(); side++) {
+      plain_row(side == 0 ? a.up : a.gate, side == 0 ? a.up_dtype : a.gate_dtype, f, rows, tokens, K, value);
 #pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) put(first + t, f, is_gated() ? gate[t] : up[t], up[t]);
+      for (int t = 0; t < kPlainTokens; t++) {
+        if (side == 0) up[t] = value[t];
+      }
     }
+    const int t = threadIdx.x % 32;
+    if (t < tokens) put(first + t, f, lane_sum(value), lane_sum(up));
   }
 };
 
@@ -112,9 +116,9 @@ ROWS(bf16, bf16)
 KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 
 #define MMA(name, Type, tokens, rows, ...)                                              \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
     overlap_launches();                                                                                           \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 

@@ -54,12 +54,9 @@ struct Linear {
   __device__ __forceinline__ void plain(int n, const float *rows, int first, int tokens) const {
     float sum[kPlainTokens];
     plain_row(a.weight, a.weight_dtype, n, rows, tokens, K, sum);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t >= tokens || threadIdx.x % 32 != t) continue;
-      const float value[1] = {sum[t]};
-      store<F32>(first + t, n / kTileRows, n % kTileRows, value);
-    }
+    const int t = threadIdx.x % 32;
+    const float value[1] = {lane_sum(sum)};
+    if (t < tokens) store<F32>(first + t, n / kTileRows, n % kTileRows, value);
   }
 };
 
@@ -80,9 +77,9 @@ ROWS(f16, __half)
 ROWS(bf16, bf16)
 
 #define MMA(name, Type, tokens, rows, ...)                                                                        \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
     overlap_launches();                                                                                           \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
   }
 MMA_VARIANTS(MMA)
 

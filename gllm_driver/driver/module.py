@@ -93,7 +93,7 @@ class KernelLibrary:
                     f"{entry.file}: built for other arguments of {op} (ABI {entry.abi_hash}, this version has "
                     f"{contract.abi_hash}); run build_cubins.py, or reinstall the package"
                 )
-            self._modules[op] = Module(self.device, self.manifest.read(entry), entry.file, entry.arch)
+            self._modules[op] = Module(self.device, self.manifest.read(entry), entry.file, entry.built_for)
         return self._modules[op]
 
     def entry(self, op: str) -> CubinEntry:

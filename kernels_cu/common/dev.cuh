@@ -138,6 +138,10 @@ __device__ __forceinline__ float warp_max(float v) {  // fmaxf: a NaN loses to a
   return v;
 }
 
+// ---- the number of this warp in its block, which all its lanes reach together. As it comes from a shuffle, nvcc knows that it
+// is the same for all; without that, every shuffle in a loop that depends on it brings code for lanes that went other ways.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
+
 #else  // a C++ compiler: the simulated device (tests/hostsim)
 
 #include "hostsim.h"
@@ -147,6 +151,7 @@ __device__ __forceinline__ void allow_next_launch() {}
 __device__ __forceinline__ void wait_for_earlier_launches() {}
 __device__ __forceinline__ int dynamic_smem_nbytes() { return static_cast<int>(hs::engine->dynamic_nbytes); }
 __device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 
 #endif
 

@@ -40,7 +40,7 @@ struct Dot {
   __device__ __forceinline__ const unsigned char *row_of(int group, int i) const {
     const int entry = group * kEntries + i / Op::kUnit, unit = entry / kTileRows;
     if (unit >= op.num_units()) return nullptr;
-    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows).data;
+    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows);
   }
 
   // Lane i works out where row i is: for all lanes.
@@ -67,7 +67,7 @@ struct Dot {
 
   // The sum over the block of each token's value, in every thread.
   __device__ __forceinline__ static void block_sums(float (&sums)[kTokens], float *scratch) {
-    const int warp = threadIdx.x / 32;
+    const int warp = warp_index();
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       const float sum = warp_sum(sums[t]);
@@ -186,7 +186,7 @@ __device__ __forceinline__ void dot(const Op &op) {
   SHARED(float, scratch, kTokens * Kernel::kWarps);
   const Kernel kernel(op, shared);
   const int lane = threadIdx.x % 32, stride = gridDim.x * Kernel::kWarps;
-  int group = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = 0;
+  int group = blockIdx.x + gridDim.x * warp_index(), step = 0;
   int copied_group = group - stride, copied = kernel.steps;  // what has been copied
   const unsigned char *from[kRows];
   const auto copy_next = [&](int stage) {

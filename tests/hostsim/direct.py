@@ -119,8 +119,8 @@ class HostKernels:
         address += -address % 256
         counters = np.zeros(1 + max((launch.num_counters for launch in todo), default=0), np.int32)
         for launch in todo:
-            extra = launch.extra_params(address, counters.ctypes.data)
-            self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, args, *extra)
+            params = launch.params(args, address, counters.ctypes.data)
+            self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, *params)
         if counters.any():
             raise KernelFailedError(f"{op}: counters are not zero after the launch")
         start = address - scratch.ctypes.data

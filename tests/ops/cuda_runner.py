@@ -132,7 +132,7 @@ class DriverRunner:
             self.device.fill(guarded.address, 0xFF, guarded.nbytes, self.stream)
             self.device.fill(counters.address, 0, counters.nbytes, self.stream)
             for launch in todo:
-                params = PackedParams(args, *launch.extra_params(scratch, counters.address))
+                params = PackedParams(*launch.params(args, scratch, counters.address))
                 function = self.library.function(launch.symbol)
                 function.launch(launch.grid, launch.block, launch.smem_nbytes, self.stream, params)
             self.stream.synchronize()

@@ -74,7 +74,7 @@ class Program:
             if num_counters:  # every launch leaves them so
                 runtime.device.fill(counters.address, 0, counters.nbytes, runtime.stream)
             for args, launch in self._calls:
-                params = PackedParams(args, *launch.extra_params(scratch.address, counters.address))
+                params = PackedParams(*launch.params(args, scratch.address, counters.address))
                 self._ready.append(_Ready(runtime.function(launch), launch, params))
         return self
 
