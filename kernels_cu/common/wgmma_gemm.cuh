@@ -12,7 +12,7 @@
 
 #include "hopper.cuh"
 
-template <int kTokens_, int kRows_, int kStages_>
+template <int kTokens_, int kRows_, int kStages_, int kTogether_ = 16>
 struct WgmmaShape {
   static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_;
   static constexpr int kDepth = 64, kStep = 16;  // elements of K in a stage, and in an instruction
@@ -20,7 +20,7 @@ struct WgmmaShape {
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kTiles = kTokens / (64 * kGroups);  // of 64 tokens, of a group
   static constexpr int kTokenNbytes = kTokens * kSwizzleSpan, kStageNbytes = kTokenNbytes + kRows * kSwizzleSpan;
-  static constexpr int kTogether = 16;  // token tiles that are computed together for each row tile: both stay in L2
+  static constexpr int kTogether = kTogether_;  // token tiles that are computed together for each row tile: both stay in L2
 };
 
 // Where a block is in the ring: the same for those who fill it and those who read it.
@@ -125,11 +125,22 @@ __device__ __forceinline__ void wgmma_gemm(const Op &op, const TensorMap &activa
   }
 }
 
-// Calls put(j, x, y) for the columns 8 j and 8 j + 1 after 2 t which a thread holds of one token, as far as `columns` go.
-template <int kRows, int kHalf, class Put>
-__device__ __forceinline__ void for_pairs(const float (&d)[kRows / 2], float unscale, int columns, const Put &put) {
+// The columns of one token that a thread holds come in pairs 8 j, 8 j + 1 after the first. Calls put(8 j, x, y) for those
+// below `columns`. What put needs from memory load(8 j, loaded) has read: that of many columns before any is used.
+template <int kRows, int kHalf, class Loaded, class Load, class Put>
+__device__ __forceinline__ void for_pairs(const float (&d)[kRows / 2], float unscale, int columns, const Load &load, const Put &put) {
+  constexpr int kTogether = 16;
 #pragma unroll
-  for (int j = 0; j < kRows / 8; j++) {
-    if (8 * j < columns) put(8 * j, d[4 * j + 2 * kHalf] * unscale, d[4 * j + 2 * kHalf + 1] * unscale);
+  for (int first = 0; first < kRows / 8; first += kTogether) {
+    Loaded loaded[kTogether] = {};
+#pragma unroll
+    for (int j = 0; j < kTogether; j++) {
+      if (8 * (first + j) < columns) load(8 * (first + j), loaded[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTogether; j++) {
+      const int i = 4 * (first + j) + 2 * kHalf;
+      if (8 * (first + j) < columns) put(8 * (first + j), d[i] * unscale, d[i + 1] * unscale, loaded[j]);
+    }
   }
 }

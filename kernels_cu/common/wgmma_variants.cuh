@@ -2,5 +2,5 @@
 #pragma once
 
 // name, type, tokens and weight rows of a tile, stages of the ring
-#define WGMMA_VARIANTS_OF(X, name, Half) X(name, Half, 128, 256, 4) X(name, Half, 128, 128, 6) X(name, Half, 256, 128, 4)
+#define WGMMA_VARIANTS_OF(X, name, Half) X(name, Half, 128, 256, 4) X(name, Half, 128, 128, 6)
 #define WGMMA_VARIANTS(X) WGMMA_VARIANTS_OF(X, f16, __half) WGMMA_VARIANTS_OF(X, bf16, bf16)

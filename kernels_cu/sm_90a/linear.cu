@@ -4,6 +4,10 @@
 #include "../common/wgmma_variants.cuh"
 #include "../generated/linear_args.h"
 
+struct Added {
+  float2 bias = make_float2(0.f, 0.f), residual = make_float2(0.f, 0.f);
+};
+
 struct WideLinear {
   const LinearArgs &a;
   const TensorMap &weight;
@@ -17,13 +21,13 @@ struct WideLinear {
   __device__ __forceinline__ void store(int token, int tile, int t, const float (&d)[kRows / 2], float unscale) const {
     const int first = tile * kRows + 2 * t;
     const int64_t at = static_cast<int64_t>(token) * a.N + first;
-    for_pairs<kRows, kHalf>(d, unscale, a.N - first, [&](int column, float x, float y) {
-      if (a.bias != nullptr) x += a.bias[first + column], y += a.bias[first + column + 1];
-      if (a.residual != nullptr) {
-        const float2 added = *reinterpret_cast<const float2 *>(a.residual + at + column);
-        x += added.x, y += added.y;
-      }
-      *reinterpret_cast<float2 *>(a.out + at + column) = make_float2(x, y);
+    const auto load = [&](int column, Added &added) {
+      if (a.bias != nullptr) added.bias = *reinterpret_cast<const float2 *>(a.bias + first + column);
+      if (a.residual != nullptr) added.residual = *reinterpret_cast<const float2 *>(a.residual + at + column);
+    };
+    for_pairs<kRows, kHalf, Added>(d, unscale, a.N - first, load, [&](int column, float x, float y, const Added &added) {
+      const float2 b = added.bias, r = added.residual;
+      *reinterpret_cast<float2 *>(a.out + at + column) = make_float2(x + b.x + r.x, y + b.y + r.y);
     });
   }
 };
