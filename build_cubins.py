@@ -30,8 +30,8 @@ from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find
 
 # What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
 ARCHS = ("80", "86", "89", "90")
-# Kernels that no other architecture can run, for the ops that have a file in kernels_cu/sm_<name>; the loader looks there
-# before it looks into the whole set.
+# Kernels that no other architecture can run, for the ops that have a file in kernels_cu/sm_<name>; the loader looks
+# there before it looks into the whole set.
 SPECIAL_ARCHS = ("90a",)
 ALLOWED_SPILLS: Mapping[str, int] = {  # kernel → bytes of spill stores it may have, each with its reason
     "fused_gate_up_silu__plain": 56,  # on sm_80 alone; the path of weights that no fast kernel takes

@@ -107,7 +107,9 @@ class KernelLibrary:
         """Load every op's module now."""
         for op in dict.fromkeys(op for op, _ in self.manifest.entries):
             for entry in self.entries(op):
-                if entry.arch == self.archs[0] or entry.arch not in self.archs:  # the best whole set, and what adds to it
+                if (
+                    entry.arch == self.archs[0] or entry.arch not in self.archs
+                ):  # the best whole set, and what adds to it
                     self.module(entry)
 
     def _no_image(self, what: str, archs: list[str] | tuple[str, ...]) -> NoKernelImage:

@@ -29,8 +29,8 @@ class DeviceProps:
 
 @dataclass(frozen=True)
 class TensorMap:
-    """An array [rows, cols] of 16-bit floats in device memory, as the copy engine of sm_90 reads it: boxes of `box_rows`
-    rows by 64 elements, which it puts into shared memory swizzled, with zeros for what lies outside of the array.
+    """An array [rows, cols] of 16-bit floats in device memory, as the copy engine of sm_90 reads it: boxes of
+    `box_rows` rows by 64 elements, which it puts into shared memory swizzled, zeros for what lies outside of the array.
     """
 
     address: int  # a multiple of 16; an offset where `in_workspace`
