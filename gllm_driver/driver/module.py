@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,12 @@ class KernelLibrary:
         if not self.archs:
             raise self._no_image("any op", self.manifest.archs)
         self._modules: dict[str, Module] = {}  # by file
+
+    @property
+    def digest(self) -> str:
+        """Names the binaries for this device: equal where they are the same, whatever the folder."""
+        files = sorted((e.op, e.sha256) for e in self.manifest.entries.values() if e.arch in self.archs)
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:24]
 
     def function(self, symbol: str) -> Function:
         """The kernel `<op>__<variant>`, from the best binary that has it. Raises CubinError, NoKernelImage."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ..config import SwapConfig
 from ..errors import CapacityError, GllmError
 from ..types import PageMetadata
+from .adopt import Fill, adopt
 from .book import PageBook, PageCopier, pages_of
 from .groups import THRASH_S, Counters, Group, KvStats, as_block
 from .pages import PagePool
@@ -242,6 +243,10 @@ class KvManager:
     def release(self, handle: CachedKvHandle) -> None:
         """Give up a handle; its pages are no longer held. Once only."""
         self.close(handle.seq_id)
+
+    def adopt(self, tokens: Sequence[int], start: int, fill: Fill) -> bool:
+        """Make KV that was computed elsewhere findable (kv/adopt.py)."""
+        return self._index is not None and adopt(self._book, self._index, tokens, start, fill)
 
     # What is known
 

@@ -1,0 +1,65 @@
+"""The text that shows a quantizer which inputs matter: read, cut into windows, and what is learned from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import RequestError
+from .activations import Rows
+
+WINDOW = 512  # tokens that see each other
+DEFAULT_TOKENS = 65536
+MIN_TOKENS = 256
+_ROWS_AT_ONCE = 4096
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises RequestError when it cannot be read, is empty or is no UTF-8."""
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RequestError(f"cannot read the calibration text {str(path)!r}: {reason}") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the calibration text {str(path)!r} is no UTF-8 (at byte {error.start})") from error
+
+
+def windows_of(tokens: Sequence[int], num_tokens: int, context: int, vocab_size: int) -> np.ndarray:
+    """Token ids i32 [S, L]: windows spread evenly over the text, `num_tokens` in all or what there is.
+
+    Raises RequestError for a text of fewer than MIN_TOKENS, and ids beyond the model's.
+    """
+    length = min(WINDOW, context, max(len(tokens), 1))
+    if len(tokens) < MIN_TOKENS:
+        raise RequestError(f"the calibration text has {len(tokens)} tokens; at least {MIN_TOKENS} are needed")
+    ids = np.array(tokens, np.int32)
+    if ids.max() >= vocab_size:
+        raise RequestError(f"the calibration text has the token {ids.max()}, the model {vocab_size} embeddings")
+    there = len(ids) // length
+    wanted = min(there, max(1, num_tokens // length))
+    starts = np.arange(wanted) * there // wanted * length
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+def input_squares(rows: Rows, num_windows: int) -> np.ndarray:
+    """Σ x² of each column of the inputs, f32 [K]."""
+    total: np.ndarray | float = 0.0
+    for window in range(num_windows):
+        total = total + np.square(rows(window), dtype=np.float64).sum(axis=0)
+    return np.asarray(total, np.float32)
+
+
+def input_products(rows: Rows, num_windows: int, length: int) -> np.ndarray:
+    """Σ x xᵀ of the inputs, f32 [K, K]."""
+    step = max(1, _ROWS_AT_ONCE // length)
+    total: np.ndarray | None = None
+    for first in range(0, num_windows, step):
+        x = np.concatenate([rows(window) for window in range(first, min(first + step, num_windows))])
+        total = x.T @ x if total is None else np.add(total, x.T @ x, out=total)
+    assert total is not None, "there is at least one window"
+    return total
