@@ -33,6 +33,9 @@ ARCHS = ("80", "86", "89", "90")
 # Architectures that take an earlier one's files: nvcc makes the same instructions for both, but for the order of a few
 # in four helper kernels. The manifest has entries for all.
 SHARING = {"89": "86"}
+# Kernels that no other architecture can run, for the ops that have a file in kernels_cu/sm_<name>; the loader looks
+# there before it looks into the whole set.
+SPECIAL_ARCHS = ("90a",)
 ALLOWED_SPILLS: Mapping[str, int] = {}  # kernel → bytes of spill stores it may have, each with its reason
 MAX_TOTAL_NBYTES = 20_000_000
 
@@ -55,7 +58,7 @@ def maker(target: Target) -> Target:
 
 def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
     """Compile one target into `out`: its manifest entry, the command, warnings. BuildError for errors and spills."""
-    source = (tree.kernels / f"{target.op}.cu").relative_to(tree.root)
+    source = (tree.kernels / tree.source(target)).relative_to(tree.root)
     command, said = compile_cubin(nvcc, source, target.arch, list(FLAGS), out, tree.root)
     kernels = figures(said, out.read_bytes())
     for name, f in kernels.items():
@@ -207,6 +210,7 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
         if entry["source_hash"] != tree.source_hash(target, entry["nvcc"]):
             problems.append(f"{target.file}: older than its sources")
     known = {f"sm_{arch}/{op}.cubin" for op in CONTRACTS for arch in ARCHS}
+    known |= {f"sm_{arch}/{op}.cubin" for arch in SPECIAL_ARCHS for op in tree.special_sources(arch)}
     strangers = set(files) | {p.relative_to(tree.cubin).as_posix() for p in tree.cubin.glob("sm_*/*.cubin")}
     problems += [f"{name}: no op and architecture of this version" for name in sorted(strangers - known)]
     total = total_nbytes(files)
@@ -228,10 +232,15 @@ def chosen(tree: Tree, archs: str | None, ops: tuple[str, ...], checking: bool) 
     missing = sorted(set(wanted) - set(sources))
     if missing and not checking:
         raise BuildError(f"kernels_cu/{missing[0]}.cu does not exist: op {missing[0]} has no kernels")
-    names = [a.strip().removeprefix("sm_") for a in archs.split(",")] if archs else list(ARCHS)
+    names = [a.strip().removeprefix("sm_") for a in archs.split(",")] if archs else [*ARCHS, *SPECIAL_ARCHS]
     if any(not re.fullmatch(r"\d+[af]?", a) for a in names):
         raise BuildError(f"--arch takes numbers like 80,86,90a, got {archs!r}")
-    return [Target(op, arch) for arch in dict.fromkeys(names) for op in wanted]
+    return [
+        Target(op, arch)
+        for arch in dict.fromkeys(names)
+        for op in wanted
+        if arch not in SPECIAL_ARCHS or op in tree.special_sources(arch)
+    ]
 
 
 @click.command(help=__doc__)

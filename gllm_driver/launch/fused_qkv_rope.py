@@ -8,7 +8,8 @@ import numpy as np
 
 from . import _packed as packed
 from . import _products as products
-from .base import DeviceProps, Launch, ceil_div
+from . import _wgmma as wgmma
+from .base import DeviceProps, Launch, TensorMap, ceil_div
 
 OP = "fused_qkv_rope"
 UNIT_ROWS = 2 * products.TILE_ROWS
@@ -41,6 +42,8 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
         if all(dots):
             return [dot for dot in dots if dot] + finish
+    if wgmma.fits(weights, T, D, [QD, KD], device, deterministic):
+        return [*by_warpgroups(weights, T, D, QD, KD, device, raw), place]
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
@@ -51,6 +54,22 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         found = [products.rows(OP, halves.pop(), T, scratch)]
         found += [products.mma(OP, kind, T, D, 2 * units, scratch, device) for kind in kinds]
     return found + finish
+
+
+def by_warpgroups(
+    weights: list[tuple[str, int]], T: int, D: int, QD: int, KD: int, device: DeviceProps, raw: int
+) -> list[Launch]:
+    """Products as they are; tiles are of one projection each."""
+    dtype = weights[0][0]
+    shape = wgmma.shape_for(T, QD + 2 * KD, device)
+    widths = (QD, KD, KD)
+    maps = [TensorMap(weight[1], width, D, dtype, shape.rows) for weight, width in zip(weights, widths, strict=True)]
+    row_tiles = sum(ceil_div(width, shape.rows) for width in widths)
+    scratch = raw + wgmma.rows_nbytes(T, D)
+    return [
+        wgmma.rows(OP, dtype, T, scratch),
+        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch, rows_offset=raw),
+    ]
 
 
 def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:
