@@ -14,6 +14,8 @@ from hostsim import build, session
 from hostsim.direct import HostKernels
 from hostsim.fake_cubin import FakeKernel, fake_cubin
 
+from gllm_driver.ops.header import write_headers
+
 SOURCE = build.TEST_KERNELS / "conformance.cu"
 HOPPER_SOURCE = build.TEST_KERNELS / "conformance_hopper.cu"
 
@@ -43,6 +45,7 @@ def _by_nvcc(source: Path, arch: str) -> bytes:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("test kernels for a real GPU need nvcc")
+    write_headers(build.KERNELS / "generated")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "conformance.cubin"
         command = [nvcc, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", f"-I{build.KERNELS}", "-o", str(out)]
