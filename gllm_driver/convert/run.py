@@ -64,7 +64,7 @@ def quantize(source: str, out: Path, options: Options, progress: Progress | None
     check_method(method, [output.dtype for output in plan.matrices])
     ids = None if text is None else _windows(checkpoint, text, options.calib_tokens)
     with _threads(options.threads) as pool, target(checkpoint, plan, out) as writer:
-        job = _Job(checkpoint, plan, method, pool, writer, progress)
+        job = Job(checkpoint, plan, method, pool, writer, progress)
         job.vectors()
         if ids is None:
             job.matrices(plan.matrices)
@@ -99,7 +99,7 @@ def _threads(count: int | None) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Job:
+class Job:
     """One model on its way into one file. Slots are encoded in the source's order of rows."""
 
     def __init__(
@@ -138,7 +138,7 @@ class _Job:
         self._write(by_slot["embed"], [embed], "search")
         vectors = {slot: self._vector(slot) for slot, t in self._checkpoint.tensors.items() if len(t.shape) == 1}
         embedded = embed.values(ids.reshape(-1)).reshape(*ids.shape, arch.hidden_size)
-        stream = Stream(arch, vectors, embedded)
+        stream = Stream(arch, vectors, embedded, self._pool)
         del embed
         for call in calls_of(arch):
             slots = {name: slot for name, slot in call.slots.items() if slot != "embed"}
@@ -155,10 +155,10 @@ class _Job:
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 if uses_gptq:
-                    curvature = Curvature(calibration.input_products(rows, *shape))
+                    curvature = Curvature(calibration.input_products(rows, shape[0], shape[1], self._pool))
                     importance = np.diag(curvature.h)
                 else:
-                    importance = calibration.input_squares(rows, shape[0])
+                    importance = calibration.input_squares(rows, shape[0], self._pool)
             if not np.isfinite(importance).all():
                 raise ValueError("the inputs hold NaN or infinities, or values whose squares overflow")
         except ValueError as error:
