@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import RequestError
+from ..quant.gptq import NO_NUMBERS
 from .activations import Rows
 
 WINDOW = 512  # tokens that see each other
@@ -50,13 +51,16 @@ def windows_of(tokens: Sequence[int], num_tokens: int, context: int, vocab_size:
 
 
 def input_squares(rows: Rows, num_windows: int, pool: Executor) -> np.ndarray:
-    """Σ x² of each column of the inputs, f32 [K]."""
+    """Σ x² of each column of the inputs, f32 [K]. ValueError when there are NaN or infinities among them."""
 
     def squares(window: int) -> np.ndarray:
         found: np.ndarray = np.square(rows(window), dtype=np.float64).sum(axis=0)
         return found
 
-    return np.asarray(sum(pool.map(squares, range(num_windows))), np.float32)
+    total = np.asarray(sum(pool.map(squares, range(num_windows))), np.float64)
+    if not (total < np.finfo(np.float32).max).all():
+        raise ValueError(NO_NUMBERS)
+    return total.astype(np.float32)
 
 
 def input_products(rows: Rows, num_windows: int, length: int, pool: Executor) -> np.ndarray:
@@ -72,4 +76,5 @@ def input_products(rows: Rows, num_windows: int, length: int, pool: Executor) ->
 
 def _add_products(total: np.ndarray, x: np.ndarray, column: int) -> None:
     part = slice(column, column + _COLUMNS_AT_ONCE)
-    total[part] += x[:, part].T @ x
+    with np.errstate(over="ignore", invalid="ignore"):  # the sums are looked at
+        total[part] += x[:, part].T @ x

@@ -20,7 +20,7 @@ from ..models.checkpoint import Checkpoint
 from ..quant.gptq import Curvature, gptq
 from ..quant.grid import GRIDS
 from . import calibration
-from .activations import Stream, calls_of
+from .activations import Call, Stream, calls_of
 from .encode import Encoded, check_method, encode, float_bytes, measured, source_rows
 from .kinds import is_gguf_name
 from .plan import Output, Plan, plan_of
@@ -146,34 +146,30 @@ class Job:
             stream.apply(call, {name: encoded[slot].values() for name, slot in slots.items()})
 
     def _rounded(
-        self, stream: Stream, call: object, slots: list[str], by_slot: Mapping[str, Output], shape: tuple[int, ...]
+        self, stream: Stream, call: Call, slots: list[str], by_slot: Mapping[str, Output], shape: tuple[int, int]
     ) -> dict[str, Encoded]:
         """The matrices of a call, rounded for its inputs and written."""
-        rows = stream.inputs(call)  # type: ignore[arg-type]
-        uses_gptq = self._method == "gptq" and any(by_slot[slot].dtype.name in GRIDS for slot in slots)
+        rows, (num_windows, length) = stream.inputs(call), shape
+        by_gptq = {slot for slot in slots if self._method == "gptq" and by_slot[slot].dtype.name in GRIDS}
         curvature = None
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                if uses_gptq:
-                    curvature = Curvature(calibration.input_products(rows, shape[0], shape[1], self._pool))
-                    importance = np.diag(curvature.h)
-                else:
-                    importance = calibration.input_squares(rows, shape[0], self._pool)
-            if not np.isfinite(importance).all():
-                raise ValueError("the inputs hold NaN or infinities, or values whose squares overflow")
+            if by_gptq:
+                curvature = Curvature(calibration.input_products(rows, num_windows, length, self._pool))
+                importance = np.diag(curvature.h)
+            else:
+                importance = calibration.input_squares(rows, num_windows, self._pool)
         except ValueError as error:
             name = self._checkpoint.sources[slots[0]]
             raise RequestError(f"the calibration text cannot be used: entering {name!r}, {error}") from error
         importance = importance + np.float32(importance.mean() * 1e-3 or 1)  # no column is free
-        encoded = {}
-        for slot in slots:
-            output = by_slot[slot]
-            if curvature is not None and output.dtype.name in GRIDS:
-                encoded[slot] = self._encoded(output, slot, "gptq", None, curvature)
-            else:
-                encoded[slot] = self._encoded(output, slot, "search", importance)
+        encoded = {
+            slot: self._encoded(by_slot[slot], slot, "gptq", None, curvature)
+            if slot in by_gptq
+            else self._encoded(by_slot[slot], slot, "search", importance)
+            for slot in slots
+        }
         for output in dict.fromkeys(by_slot[slot] for slot in slots):
-            method = "gptq" if curvature is not None and output.dtype.name in GRIDS else "search"
+            method = "gptq" if output.slots[0] in by_gptq else "search"
             self._write(output, [encoded[slot] for slot in output.slots], method)
         return encoded
 

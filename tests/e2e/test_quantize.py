@@ -169,15 +169,14 @@ def test_two_bits_keep_what_is_sensitive(tmp_path: Path, exact: np.ndarray, capf
     assert set(low.values()) == {"int2_32", "int8_32"}
 
 
-def test_a_calibration_text_helps(tmp_path: Path, exact: np.ndarray, calibration: Path) -> None:
-    calib = ["--calib", str(calibration), "--calib-tokens", "4096"]
-    for name, type_name in (("q4_k", "q4_k"), ("int2", "int2")):
-        plain, helped = (
-            tmp_path / f"{name}{end}.gguf" if name == "q4_k" else tmp_path / f"{name}{end}" for end in "01"
-        )
-        assert quantize(plain, "--type", type_name) == 0
-        assert quantize(helped, "--type", type_name, *calib) == 0
-        assert divergence(helped, exact) < (0.98 if name == "q4_k" else 0.7) * divergence(plain, exact)
+@pytest.mark.parametrize(("type_name", "gain"), [("q2_k", 0.99), ("int2", 0.7)])
+def test_a_calibration_text_helps(
+    tmp_path: Path, exact: np.ndarray, calibration: Path, type_name: str, gain: float
+) -> None:
+    plain, helped = (tmp_path / f"{n}{'.gguf' if type_name == 'q2_k' else ''}" for n in ("plain", "helped"))
+    assert quantize(plain, "--type", type_name) == 0
+    assert quantize(helped, "--type", type_name, "--calib", str(calibration), "--calib-tokens", "4096") == 0
+    assert divergence(helped, exact) < gain * divergence(plain, exact)
 
 
 def tiny(folder: Path, change: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None) -> Path:
@@ -211,12 +210,12 @@ def test_rows_of_no_whole_blocks(tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 def test_calibration_that_gives_no_numbers(tmp_path: Path) -> None:
     def overflow(tensors: dict[str, np.ndarray]) -> None:
-        tensors["blk.0.ffn_up.weight"] *= np.float32(1e30)
+        tensors["blk.0.ffn_norm.weight"] *= np.float32(1e25)  # the inputs are finite, their squares are not
 
     checkpoint = open_checkpoint(tiny(tmp_path, overflow))
     plan = plan_of(checkpoint, "int8", None, [])
     ids = np.arange(64, dtype=np.int32).reshape(2, 32)
-    with pytest.raises(RequestError, match=r"calibration text cannot be used: entering 'blk\.0\.ffn_down\.weight'"):
+    with pytest.raises(RequestError, match=r"calibration text cannot be used: entering 'blk\.0\.ffn_gate\.weight'"):
         calibrate(checkpoint, plan, ids)
 
 
@@ -253,41 +252,42 @@ def test_a_directory_is_replaced_only_if_it_is_a_model(tmp_path: Path, capfd: py
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """The bound is two tensors and 500 MB; here tensors have 16 MB of 256, and what Python itself takes is measured."""
+    """Two tensors, here of 8.4 MB, and 500 MB are the bound for any number of threads."""
     shapes = {"token_embd.weight": (1024, 2048), "output_norm.weight": (2048,)}
-    for i in range(14):
+    for i in range(7):
         layer = {"attn_norm": (2048,), "ffn_norm": (2048,), "attn_q": (64, 2048), "attn_k": (64, 2048)}
         layer |= {"attn_v": (64, 2048), "attn_output": (2048, 64)}
         layer |= {"ffn_gate": (1024, 2048), "ffn_up": (1024, 2048), "ffn_down": (2048, 1024)}
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-    keys = tiny_files.GGUF_KEYS | {"llama.block_count": 14, "llama.embedding_length": 2048}
+    keys = tiny_files.GGUF_KEYS | {"llama.block_count": 7, "llama.embedding_length": 2048}
     keys |= {"llama.attention.head_count": 1, "llama.attention.head_count_kv": 1, "llama.attention.key_length": 64}
     keys |= {"llama.attention.value_length": 64, "llama.feed_forward_length": 1024, "llama.vocab_size": 1024}
     keys = {k: v for k, v in keys.items() if not k.startswith("tokenizer")}
     some = np.random.Generator(np.random.PCG64(1)).standard_normal((2048, 2048)).astype(np.float32)
     tensors = {name: some[: s[0], : s[1]] if len(s) == 2 else some[0] for name, s in shapes.items()}
     tiny_files.write_gguf(tmp_path / "model.gguf", keys, tensors)
+    assert (tmp_path / "model.gguf").stat().st_size > 180e6
+    # VmHWM, since ru_maxrss counts what the parent had when it forked
     script = (
-        "import resource, sys\nfrom gllm_driver.cli.app import run\n"
-        "code = run(sys.argv[1:]) if len(sys.argv) > 1 else 0\n"
-        "print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import sys\nfrom gllm_driver.cli.app import run\nprint(run(sys.argv[1:]), open('/proc/self/status').read())"
     )
-
-    def peak(*arguments: str) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", script, *arguments], env=cli_process.environment(), capture_output=True, text=True
-        )
-        code, kib = done.stdout.split()[-2:]
-        assert code == "0", done.stderr
-        return int(kib) * 1024
-
-    nbytes = (tmp_path / "model.gguf").stat().st_size
-    assert nbytes > 350e6
-    used = peak(
-        "quantize", str(tmp_path / "model.gguf"), str(tmp_path / "out.gguf"), "--type", "q4_0", "--threads", "2"
+    arguments = [
+        "quantize",
+        str(tmp_path / "model.gguf"),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "q4_0",
+        "--threads",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=cli_process.environment(), capture_output=True, text=True
     )
-    assert used < 2 * 8.4e6 + 300e6
+    code, *status = done.stdout.split("blk.*.ffn_down")[1].split("\n", 2)[2].split()
+    assert code == "0", done.stderr
+    assert int(status[status.index("VmHWM:") + 1]) * 1024 < 2 * 8.4e6 + 130e6
 
 
 @pytest.mark.oracle
