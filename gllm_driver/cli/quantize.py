@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import click
@@ -72,6 +73,8 @@ def quantize(
     """
     console: Console = click.get_current_context().obj
     console.configure(quiet=quiet, debug=debug)
+    # Tensors and windows are shared out among threads of ours; those of BLAS would get in their way.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from ..convert.plan import parse_keep
     from ..convert.run import Options, quantize

@@ -7,6 +7,7 @@ is computed again, window by window, when it is asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,12 +77,14 @@ def calls_of(arch: Arch) -> list[Call]:
 class Stream:
     """The state of a forward pass over S windows of L tokens.
 
-    vectors: norms, biases and rope_factors by slot, f32. embedded: f32 [S, L, D], the rows of the embedding matrix.
+    vectors: norms, biases and rope_factors by slot, f32. embedded: f32 [S, L, D], the rows of the embedding matrix,
+    which become the residual stream. pool: works on several windows at a time.
     """
 
-    def __init__(self, arch: Arch, vectors: Mapping[str, np.ndarray], embedded: np.ndarray) -> None:
-        self._arch, self._vectors = arch, vectors
-        self._embedded = embedded
+    def __init__(
+        self, arch: Arch, vectors: Mapping[str, np.ndarray], embedded: np.ndarray, pool: Executor | None = None
+    ) -> None:
+        self._arch, self._vectors, self._pool = arch, vectors, pool
         self._length = embedded.shape[1]
         self._rows: dict[str, Rows] = {}
         self._x = embedded
@@ -108,6 +111,14 @@ class Stream:
             "fused_gate_up_silu": self._gate_up,
         }[call.op](call, matrices)
 
+    def _update(self, function: Callable[[int, np.ndarray], np.ndarray]) -> None:
+        """The residual stream by window: x = function(window, x)."""
+
+        def one(window: int) -> None:
+            self._x[window] = function(window, self._x[window])
+
+        list((self._pool.map if self._pool else map)(one, range(len(self._x))))
+
     def _vector(self, call: Call, name: str) -> np.ndarray | float:
         return self._vectors[call.arrays[name]] if name in call.arrays else 0.0
 
@@ -121,9 +132,9 @@ class Stream:
     def _rms_norm(self, call: Call, _: Mapping[str, np.ndarray]) -> None:
         rows = self._normalized(call, "weight", "bias", self._rows[call.arrays["x"]])
         if call.arrays["out"] == "x":  # of the embeddings
-            for window in range(len(self._x)):
-                self._x[window] = rows(window)
-            rows = self._rows[call.arrays["x"]]
+            before = self._rows[call.arrays["x"]]
+            self._update(lambda window, x: rows(window))
+            rows = before
         self._rows[call.arrays["out"]] = rows
 
     def _qkv(self, call: Call, matrices: Mapping[str, np.ndarray]) -> None:
@@ -164,8 +175,7 @@ class Stream:
         if call.arrays["out"] == "logits":
             return
         rows, bias = self.inputs(call), self._vector(call, "bias")
-        for window in range(len(self._x)):
-            self._x[window] += project(rows(window), matrices["weight"], bias)
+        self._update(lambda window, x: x + project(rows(window), matrices["weight"], bias))
 
     def _gate_up(self, call: Call, matrices: Mapping[str, np.ndarray]) -> None:
         rows, act = self.inputs(call), _ACTIVATIONS[int(call.scalars["activation"])]

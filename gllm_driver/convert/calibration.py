@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import RequestError
+from ..quant.gptq import NO_NUMBERS
 from .activations import Rows
 
 WINDOW = 512  # tokens that see each other
 DEFAULT_TOKENS = 65536
 MIN_TOKENS = 256
 _ROWS_AT_ONCE = 4096
+_COLUMNS_AT_ONCE = 128
 
 
 def read_text(path: Path) -> str:
@@ -46,20 +50,31 @@ def windows_of(tokens: Sequence[int], num_tokens: int, context: int, vocab_size:
     return np.stack([ids[start : start + length] for start in starts])
 
 
-def input_squares(rows: Rows, num_windows: int) -> np.ndarray:
-    """Σ x² of each column of the inputs, f32 [K]."""
-    total: np.ndarray | float = 0.0
-    for window in range(num_windows):
-        total = total + np.square(rows(window), dtype=np.float64).sum(axis=0)
-    return np.asarray(total, np.float32)
+def input_squares(rows: Rows, num_windows: int, pool: Executor) -> np.ndarray:
+    """Σ x² of each column of the inputs, f32 [K]. ValueError when there are NaN or infinities among them."""
+
+    def squares(window: int) -> np.ndarray:
+        found: np.ndarray = np.square(rows(window), dtype=np.float64).sum(axis=0)
+        return found
+
+    total = np.asarray(sum(pool.map(squares, range(num_windows))), np.float64)
+    if not (total < np.finfo(np.float32).max).all():
+        raise ValueError(NO_NUMBERS)
+    return total.astype(np.float32)
 
 
-def input_products(rows: Rows, num_windows: int, length: int) -> np.ndarray:
+def input_products(rows: Rows, num_windows: int, length: int, pool: Executor) -> np.ndarray:
     """Σ x xᵀ of the inputs, f32 [K, K]."""
+    K = rows(0).shape[1]
+    total = np.zeros((K, K), np.float32)
     step = max(1, _ROWS_AT_ONCE // length)
-    total: np.ndarray | None = None
     for first in range(0, num_windows, step):
-        x = np.concatenate([rows(window) for window in range(first, min(first + step, num_windows))])
-        total = x.T @ x if total is None else np.add(total, x.T @ x, out=total)
-    assert total is not None, "there is at least one window"
+        x = np.concatenate(list(pool.map(rows, range(first, min(first + step, num_windows)))))
+        list(pool.map(partial(_add_products, total, x), range(0, K, _COLUMNS_AT_ONCE)))
     return total
+
+
+def _add_products(total: np.ndarray, x: np.ndarray, column: int) -> None:
+    part = slice(column, column + _COLUMNS_AT_ONCE)
+    with np.errstate(over="ignore", invalid="ignore"):  # the sums are looked at
+        total[part] += x[:, part].T @ x

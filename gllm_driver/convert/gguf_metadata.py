@@ -91,6 +91,8 @@ def _rope_scaling(arch: Arch, path: Path) -> dict[str, Any]:
     scaling = arch.rope_scaling
     if scaling.kind in ("none", "llama3", "factors"):  # the latter two: in a tensor
         return {}
+    if scaling.kind == "ntk" and scaling.original_context_length >= arch.context_length:
+        return {}  # within the context it changes nothing
     if scaling.kind == "ntk":
         raise ModelFormatError("RoPE scaling 'dynamic' cannot be said in GGUF", path=path)
     values: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}

@@ -20,7 +20,7 @@ from ..models.checkpoint import Checkpoint
 from ..quant.gptq import Curvature, gptq
 from ..quant.grid import GRIDS
 from . import calibration
-from .activations import Stream, calls_of
+from .activations import Call, Stream, calls_of
 from .encode import Encoded, check_method, encode, float_bytes, measured, source_rows
 from .kinds import is_gguf_name
 from .plan import Output, Plan, plan_of
@@ -64,7 +64,7 @@ def quantize(source: str, out: Path, options: Options, progress: Progress | None
     check_method(method, [output.dtype for output in plan.matrices])
     ids = None if text is None else _windows(checkpoint, text, options.calib_tokens)
     with _threads(options.threads) as pool, target(checkpoint, plan, out) as writer:
-        job = _Job(checkpoint, plan, method, pool, writer, progress)
+        job = Job(checkpoint, plan, method, pool, writer, progress)
         job.vectors()
         if ids is None:
             job.matrices(plan.matrices)
@@ -99,7 +99,7 @@ def _threads(count: int | None) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class _Job:
+class Job:
     """One model on its way into one file. Slots are encoded in the source's order of rows."""
 
     def __init__(
@@ -138,7 +138,7 @@ class _Job:
         self._write(by_slot["embed"], [embed], "search")
         vectors = {slot: self._vector(slot) for slot, t in self._checkpoint.tensors.items() if len(t.shape) == 1}
         embedded = embed.values(ids.reshape(-1)).reshape(*ids.shape, arch.hidden_size)
-        stream = Stream(arch, vectors, embedded)
+        stream = Stream(arch, vectors, embedded, self._pool)
         del embed
         for call in calls_of(arch):
             slots = {name: slot for name, slot in call.slots.items() if slot != "embed"}
@@ -146,34 +146,30 @@ class _Job:
             stream.apply(call, {name: encoded[slot].values() for name, slot in slots.items()})
 
     def _rounded(
-        self, stream: Stream, call: object, slots: list[str], by_slot: Mapping[str, Output], shape: tuple[int, ...]
+        self, stream: Stream, call: Call, slots: list[str], by_slot: Mapping[str, Output], shape: tuple[int, int]
     ) -> dict[str, Encoded]:
         """The matrices of a call, rounded for its inputs and written."""
-        rows = stream.inputs(call)  # type: ignore[arg-type]
-        uses_gptq = self._method == "gptq" and any(by_slot[slot].dtype.name in GRIDS for slot in slots)
+        rows, (num_windows, length) = stream.inputs(call), shape
+        by_gptq = {slot for slot in slots if self._method == "gptq" and by_slot[slot].dtype.name in GRIDS}
         curvature = None
         try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                if uses_gptq:
-                    curvature = Curvature(calibration.input_products(rows, *shape))
-                    importance = np.diag(curvature.h)
-                else:
-                    importance = calibration.input_squares(rows, shape[0])
-            if not np.isfinite(importance).all():
-                raise ValueError("the inputs hold NaN or infinities, or values whose squares overflow")
+            if by_gptq:
+                curvature = Curvature(calibration.input_products(rows, num_windows, length, self._pool))
+                importance = np.diag(curvature.h)
+            else:
+                importance = calibration.input_squares(rows, num_windows, self._pool)
         except ValueError as error:
             name = self._checkpoint.sources[slots[0]]
             raise RequestError(f"the calibration text cannot be used: entering {name!r}, {error}") from error
         importance = importance + np.float32(importance.mean() * 1e-3 or 1)  # no column is free
-        encoded = {}
-        for slot in slots:
-            output = by_slot[slot]
-            if curvature is not None and output.dtype.name in GRIDS:
-                encoded[slot] = self._encoded(output, slot, "gptq", None, curvature)
-            else:
-                encoded[slot] = self._encoded(output, slot, "search", importance)
+        encoded = {
+            slot: self._encoded(by_slot[slot], slot, "gptq", None, curvature)
+            if slot in by_gptq
+            else self._encoded(by_slot[slot], slot, "search", importance)
+            for slot in slots
+        }
         for output in dict.fromkeys(by_slot[slot] for slot in slots):
-            method = "gptq" if curvature is not None and output.dtype.name in GRIDS else "search"
+            method = "gptq" if output.slots[0] in by_gptq else "search"
             self._write(output, [encoded[slot] for slot in output.slots], method)
         return encoded
 

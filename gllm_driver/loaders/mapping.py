@@ -96,6 +96,7 @@ def release(tensor: Tensor) -> None:
     base = tensor.owner
     while isinstance(base, np.ndarray):
         base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
     if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
         return
     start = tensor.address - np.frombuffer(base, np.uint8).ctypes.data

@@ -14,6 +14,7 @@ from .grid import Grid
 
 DAMPING = 0.01  # share of the mean of H's diagonal that is added to it
 SWEEPS = 2
+NO_NUMBERS = "the inputs hold NaN or infinities, or values whose squares overflow"
 
 
 class Curvature:
@@ -24,7 +25,7 @@ class Curvature:
 
     def __init__(self, h: np.ndarray) -> None:
         if not np.isfinite(h).all():
-            raise ValueError("the inputs hold NaN or infinities, or values whose squares overflow")
+            raise ValueError(NO_NUMBERS)
         diagonal = np.diag_indices(len(h))
         mean = float(h[diagonal].mean()) or 1.0
         self.h = h.astype(np.float32)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cli_process
 import gguf
 import numpy as np
 import pytest
+import tiny_files
 
 import gllm_driver as gllm
 from gllm_driver.cli.app import run
+from gllm_driver.convert.plan import plan_of
+from gllm_driver.convert.run import Job
+from gllm_driver.errors import RequestError
 from gllm_driver.llm import demo_model_path
+from gllm_driver.loaders.open import open_checkpoint
 
 TEXT = Path(json.__file__).read_text()
 PROMPT = "def fibonacci(n):"
@@ -132,6 +142,152 @@ def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path, name: s
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "type_name"), [("out.gguf", "q6_k"), ("out", "int4")])
+def test_an_interrupt_leaves_nothing(tmp_path: Path, name: str, type_name: str) -> None:
+    process = cli_process.start("quantize", demo_model_path(), tmp_path / name, "--type", type_name)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.decode() == "interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_bits_keep_what_is_sensitive(tmp_path: Path, exact: np.ndarray, capfd: pytest.CaptureFixture[str]) -> None:
+    assert quantize(tmp_path / "out", "--type", "int2", "--json") == 0
+    types = {t["name"]: (t["type"], t["reason"]) for t in json.loads(capfd.readouterr().out)["tensors"]}
+    assert types["token_embd.weight"] == ("int4_64m", "sensitive")
+    assert types["blk.3.attn_v.weight"] == types["blk.3.ffn_down.weight"] == ("int4_64m", "sensitive")
+    assert types["blk.3.ffn_up.weight"] == ("int2_64m", "")
+    assert divergence(tmp_path / "out", exact) < 1
+    assert quantize(tmp_path / "low", "--type", "int2", "--keep", "*down*=int8", "--keep", "*=int2_32", "--json") == 0
+    low = {t["name"]: t["type"] for t in json.loads(capfd.readouterr().out)["tensors"]}
+    assert set(low.values()) == {"int2_32", "int8_32"}
+
+
+@pytest.mark.parametrize(("type_name", "gain"), [("q2_k", 0.99), ("int2", 0.7)])
+def test_a_calibration_text_helps(
+    tmp_path: Path, exact: np.ndarray, calibration: Path, type_name: str, gain: float
+) -> None:
+    plain, helped = (tmp_path / f"{n}{'.gguf' if type_name == 'q2_k' else ''}" for n in ("plain", "helped"))
+    assert quantize(plain, "--type", type_name) == 0
+    assert quantize(helped, "--type", type_name, "--calib", str(calibration), "--calib-tokens", "4096") == 0
+    assert divergence(helped, exact) < gain * divergence(plain, exact)
+
+
+def tiny(folder: Path, change: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None) -> Path:
+    tensors = tiny_files.tensors_of(tiny_files.gguf_shapes())
+    change(tensors)
+    tiny_files.write_gguf(folder / "model.gguf", tensors=tensors)
+    return folder / "model.gguf"
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.1.ffn_up.weight"][5, 7] = np.nan
+
+    model, out = tiny(tmp_path / "in", spoil), tmp_path / "out" / "out.gguf"
+    out.parent.mkdir()
+    assert quantize(out, "--type", "q4_0", model=model) == 2
+    error = capfd.readouterr().err
+    assert "'blk.1.ffn_up.weight': holds NaN or infinite values, the first in row 5" in error
+    assert error.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_rows_of_no_whole_blocks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tiny(tmp_path)
+    assert quantize(tmp_path / "out.gguf", "--type", "q4_k", model=model) == 2
+    assert "has rows of 64, no whole number of q4_k blocks of 256" in capfd.readouterr().err
+    assert quantize(tmp_path / "out", "--type", "int4", "--block", "128", model=model) == 2
+    assert "int4_128m blocks of 128" in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_calibration_that_gives_no_numbers(tmp_path: Path) -> None:
+    def overflow(tensors: dict[str, np.ndarray]) -> None:
+        tensors["blk.0.ffn_norm.weight"] *= np.float32(1e25)  # the inputs are finite, their squares are not
+
+    checkpoint = open_checkpoint(tiny(tmp_path, overflow))
+    plan = plan_of(checkpoint, "int8", None, [])
+    ids = np.arange(64, dtype=np.int32).reshape(2, 32)
+    with pytest.raises(RequestError, match=r"calibration text cannot be used: entering 'blk\.0\.ffn_gate\.weight'"):
+        calibrate(checkpoint, plan, ids)
+
+
+def calibrate(checkpoint: Any, plan: Any, ids: np.ndarray) -> None:
+    class Nowhere:
+        def write(self, name: str, data: np.ndarray) -> None:
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        Job(checkpoint, plan, "gptq", pool, Nowhere(), None).calibrated(ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"), [(b"", "has 0 tokens"), (b"short", "at least 256"), (b"a\xff", "no UTF-8 (at byte 1)")]
+)
+def test_calibration_texts(tmp_path: Path, capfd: pytest.CaptureFixture[str], text: bytes, problem: str) -> None:
+    file = tmp_path / "text"
+    file.write_bytes(text)
+    assert quantize(tmp_path / "out", "--type", "int4", "--calib", str(file)) == 2
+    assert problem in capfd.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["text"]
+
+
+def test_a_directory_is_replaced_only_if_it_is_a_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out, model = tmp_path / "out", tiny(tmp_path / "in")
+    assert quantize(out, "--type", "int8", model=model) == 0
+    before = (out / "model.safetensors").stat().st_size
+    assert quantize(out, "--type", "int4", model=model) == 2
+    assert quantize(out, "--type", "int4", "--force", model=model) == 0
+    assert (out / "model.safetensors").stat().st_size < before
+    (out / "thesis.tex").touch()
+    assert quantize(out, "--type", "int8", "--force", model=model) == 2
+    assert "holds more than a model ('thesis.tex')" in capfd.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Two tensors, here of 8.4 MB, and 500 MB are the bound for any number of threads."""
+    shapes = {"token_embd.weight": (1024, 2048), "output_norm.weight": (2048,)}
+    for i in range(7):
+        layer = {"attn_norm": (2048,), "ffn_norm": (2048,), "attn_q": (64, 2048), "attn_k": (64, 2048)}
+        layer |= {"attn_v": (64, 2048), "attn_output": (2048, 64)}
+        layer |= {"ffn_gate": (1024, 2048), "ffn_up": (1024, 2048), "ffn_down": (2048, 1024)}
+        shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
+    keys = tiny_files.GGUF_KEYS | {"llama.block_count": 7, "llama.embedding_length": 2048}
+    keys |= {"llama.attention.head_count": 1, "llama.attention.head_count_kv": 1, "llama.attention.key_length": 64}
+    keys |= {"llama.attention.value_length": 64, "llama.feed_forward_length": 1024, "llama.vocab_size": 1024}
+    keys = {k: v for k, v in keys.items() if not k.startswith("tokenizer")}
+    some = np.random.Generator(np.random.PCG64(1)).standard_normal((2048, 2048)).astype(np.float32)
+    tensors = {name: some[: s[0], : s[1]] if len(s) == 2 else some[0] for name, s in shapes.items()}
+    tiny_files.write_gguf(tmp_path / "model.gguf", keys, tensors)
+    assert (tmp_path / "model.gguf").stat().st_size > 180e6
+    # VmHWM, since ru_maxrss counts what the parent had when it forked
+    script = (
+        "import sys\nfrom gllm_driver.cli.app import run\nprint(run(sys.argv[1:]), open('/proc/self/status').read())"
+    )
+    arguments = [
+        "quantize",
+        str(tmp_path / "model.gguf"),
+        str(tmp_path / "out.gguf"),
+        "--type",
+        "q4_0",
+        "--threads",
+        "2",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=cli_process.environment(), capture_output=True, text=True
+    )
+    code, *status = done.stdout.split("blk.*.ffn_down")[1].split("\n", 2)[2].split()
+    assert code == "0", done.stderr
+    assert int(status[status.index("VmHWM:") + 1]) * 1024 < 2 * 8.4e6 + 130e6
 
 
 @pytest.mark.oracle
