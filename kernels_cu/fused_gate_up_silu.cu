@@ -54,6 +54,8 @@ struct GateUp {
     return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.up_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const {
     if (!is_gated()) return {a.up, a.up_dtype, index * kTileRows, 1, a.F};
     return {index % 2 == 0 ? a.gate : a.up, a.up_dtype, index / 2 * kTileRows, 1, a.F};  // both are of one type

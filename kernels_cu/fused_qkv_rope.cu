@@ -50,6 +50,7 @@ struct Qkv {
   __device__ __forceinline__ int rows_of(int part) const { return part == 0 ? a.QD : a.KD; }
   __device__ __forceinline__ const void *weight_of(int part) const { return part == 0 ? a.wq : part == 1 ? a.wk : a.wv; }
   __device__ __forceinline__ int dtype_of(int part) const { return part == 0 ? a.wq_dtype : part == 1 ? a.wk_dtype : a.wv_dtype; }
+  __device__ __forceinline__ int dtype_of_unit(int unit) const { return dtype_of(part_of(unit)); }
   __device__ __forceinline__ const float *bias_of(int part) const { return part == 0 ? a.bq : part == 1 ? a.bk : a.bv; }
 
   // The head that a unit of a projection is of, where heads are whole units. Exact for up to 2^20 units: less code, and
@@ -73,7 +74,7 @@ struct Qkv {
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
     int unit = index / 2;
     const int part = part_of(unit), rows = rows_of(part);
-    const bool mine = dtype_of(part) == D::kCode && unit < units(rows);
+    const bool mine = D::holds(dtype_of(part)) && unit < units(rows);
     return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
   }
 

@@ -27,6 +27,8 @@ struct Linear {
     return {a.weight, index * kTileRows, 1, a.N, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.weight_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const { return {a.weight, a.weight_dtype, index * kTileRows, 1, a.N}; }
 
   // What is added to a result: read before it is needed.
