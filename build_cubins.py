@@ -58,16 +58,20 @@ def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[s
     source = (tree.kernels / f"{target.op}.cu").relative_to(tree.root)
     command, said = compile_cubin(nvcc, source, target.arch, list(FLAGS), out, tree.root)
     kernels = figures(said, out.read_bytes())
+    spills: list[str] = []  # of architectures that do not ship: told, but no reason to have nothing
     for name, f in kernels.items():
         if not name.startswith(f"{target.op}__"):
             raise BuildError(f"{source}: kernel {name} must be named {target.op}__<variant>")
         if not f.max_threads:
             raise BuildError(f"{source}: kernel {name} has no __launch_bounds__")
         if f.spill_store_nbytes > ALLOWED_SPILLS.get(name, 0):
-            raise BuildError(
+            problem = (
                 f"{source}: kernel {name} spills {f.spill_store_nbytes} bytes for sm_{target.arch} "
                 f"({f.registers} registers, {f.max_threads} threads): give it fewer live values or smaller blocks"
             )
+            if target.arch in ARCHS:
+                raise BuildError(problem)
+            spills.append(problem)
     entry = {
         "op": target.op,
         "arch": target.arch,
@@ -78,7 +82,7 @@ def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[s
         "nbytes": out.stat().st_size,
         "kernels": {name: f.as_json() for name, f in kernels.items()},
     }
-    return entry, command, warnings_in(said)
+    return entry, command, warnings_in(said) + spills
 
 
 def build(tree: Tree, nvcc: Nvcc, targets: Iterable[Target], jobs: int, verbose: bool) -> list[str]:

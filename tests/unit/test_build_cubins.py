@@ -25,6 +25,16 @@ TINY = """
 #include "generated/rope_table_args.h"
 extern "C" __global__ void __launch_bounds__(96) rope_table__tiny(const RopeTableArgs a) { a.cos_sin[0] = SCALE; }
 """
+GREEDY = """
+extern "C" __global__ void __launch_bounds__(1024) rope_table__greedy(float *x) {
+  float v[160];
+#pragma unroll
+  for (int i = 0; i < 160; i++) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 160; i++) x[threadIdx.x * 160 + i] = v[159 - i] * v[(i * 7) % 160];
+}
+"""
 TARGET = Target("rope_table", "80")
 
 has_nvcc = pytest.mark.skipif(not nvcc.candidates() or not shutil.which("gcc"), reason="needs nvcc and gcc")
@@ -180,19 +190,7 @@ def test_an_error_shows_file_and_line_and_spares_the_rest(tree: Tree, compiler: 
     [
         (TINY.replace("rope_table__tiny", "tiny"), "kernel tiny must be named rope_table__<variant>"),
         (TINY.replace("__launch_bounds__(96)", ""), "kernel rope_table__tiny has no __launch_bounds__"),
-        (
-            """
-extern "C" __global__ void __launch_bounds__(1024) rope_table__greedy(float *x) {
-  float v[160];
-#pragma unroll
-  for (int i = 0; i < 160; i++) v[i] = x[i * 1024 + threadIdx.x];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 160; i++) x[threadIdx.x * 160 + i] = v[159 - i] * v[(i * 7) % 160];
-}
-""",
-            "kernel rope_table__greedy spills",
-        ),
+        (GREEDY, "kernel rope_table__greedy spills"),
     ],
 )
 def test_kernels_that_break_the_rules_fail(tree: Tree, compiler: Nvcc, source: str, problem: str) -> None:
@@ -201,6 +199,16 @@ def test_kernels_that_break_the_rules_fail(tree: Tree, compiler: Nvcc, source: s
     assert len(problems) == 1
     assert problem in problems[0]
     assert manifest(tree)["files"] == {}
+
+
+@has_nvcc
+def test_spills_for_an_architecture_that_does_not_ship_are_told(
+    tree: Tree, compiler: Nvcc, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree.kernels / "rope_table.cu").write_text(GREEDY)
+    assert build(tree, compiler, Target("rope_table", "120")) == []
+    assert "kernel rope_table__greedy spills" in capsys.readouterr().err
+    assert "sm_120/rope_table.cubin" in manifest(tree)["files"]
 
 
 @has_nvcc
