@@ -28,8 +28,9 @@ from gllm_driver.ops.header import write_headers
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
 from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, warnings_in
 
-# What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
-ARCHS = ("80", "86", "89", "90")
+# What ships: more would pass the limit below. The kernels compile for 100 and 120 too: name them with --arch. 75 has no
+# kernels on tensor cores and is small.
+ARCHS = ("75", "80", "86", "89", "90")
 # Architectures that take an earlier one's files: nvcc makes the same instructions for both, but for the order of a few
 # in four helper kernels. The manifest has entries for all.
 SHARING = {"89": "86"}

@@ -196,6 +196,7 @@ struct Qkv {
 #define KERNEL(bounds, name) \
   extern "C" __global__ void __launch_bounds__ bounds fused_qkv_rope__##name(const __grid_constant__ FusedQkvRopeArgs a, void *scratch)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Qkv(a, scratch)); }
 GEMV_VARIANTS(GEMV)
@@ -208,7 +209,6 @@ DOT_VARIANTS(DOT)
   KERNEL((kRowThreads), rows_##name) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
   KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
@@ -237,7 +237,9 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(op, op.rows_scratch());              \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
+KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 KERNEL((kPlainThreads), plain) {
   overlap_launches();
   const Qkv op(a, scratch);

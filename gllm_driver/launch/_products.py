@@ -29,6 +29,7 @@ DOT_RING_NBYTES = 8 << 10  # of a warp
 DOT_STATIC_NBYTES = 1024  # the most its kernels have besides
 DOT_STEP = {"f32": 128, "half": 256}  # elements of a row a warp copies at once
 MAX_DOT_TOKENS = 4
+TENSOR_CORE_CC = (8, 0)  # binaries of earlier architectures have none of these kernels but plain
 MAX_GEMV_FLOAT_TOKENS = 2  # more take less time on large tiles
 RING_STAGES = {"f16": 3, "bf16": 3}
 
@@ -62,7 +63,7 @@ def half_of(dtype: str) -> str:
 
 def on_tensor_cores(weights: Iterable[tuple[str, int]], K: int, device: DeviceProps) -> bool:
     """Whether weights (dtype, address) of row length K can be copied 16 bytes at a time; the plain kernel takes all."""
-    return device.cc >= (8, 0) and all(
+    return device.cc >= TENSOR_CORE_CC and all(
         dtype in SEGMENT_STRIDE and address % 16 == 0 and (DTYPES[dtype].is_quantized or K % 8 == 0)
         for dtype, address in weights
     )
@@ -86,7 +87,7 @@ def dot(
     """One pass over float weights (dtype, address) of one kind in f32; None where another family must do it."""
     dtype = weights[0][0]
     kind = dot_kind(dtype)
-    if T > MAX_DOT_TOKENS or kind not in DOT_STEP:
+    if T > MAX_DOT_TOKENS or kind not in DOT_STEP or device.cc < TENSOR_CORE_CC:
         return None
     if DTYPES[dtype].row_nbytes(K) % 16 or any(address % 16 for _, address in weights):
         return None
