@@ -103,4 +103,4 @@ QUANT_VARIANTS(QUANT_GEMV)
 QUANT_MMA_VARIANTS(QUANT_MMA)
 #endif
 
-KERNEL((kPlainThreads), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }
+KERNEL((kPlainThreads, 2), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }

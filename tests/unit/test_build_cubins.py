@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # behind the installed package, if there is one
 
 import build_cubins  # noqa: E402
-from tools import cubin_tree, nvcc  # noqa: E402
+from tools import cubin_tree, nvcc, nvrtc  # noqa: E402
 from tools.cubin_tree import Target, Tree  # noqa: E402
 from tools.nvcc import BuildError, Nvcc  # noqa: E402
 
@@ -399,6 +399,43 @@ def test_architectures_the_compiler_does_not_know() -> None:
     for arch in ("61", "80a", "91"):
         with pytest.raises(BuildError, match=f"does not know architecture '{arch}'; it knows 75, 80, 90"):
             compiler.check_arch(arch)
+
+
+def has_nvrtc() -> bool:
+    try:
+        nvrtc.find()
+    except BuildError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC 12.9")
+def test_an_architecture_that_nvcc_does_not_know_any_more(tree: Tree) -> None:
+    target, older = Target("rope_table", "61"), nvrtc.find()
+    unused = Nvcc(Path("nvcc"), "13.0.88", ("80",))
+    assert build_cubins.build(tree, unused, [target], 1, True, older) == []
+    entry = manifest(tree)["files"][target.file]
+    assert entry["nvcc"] == older.version
+    assert entry["kernels"]["rope_table__tiny"]["max_threads"] == 96
+    assert build_cubins.check(tree, [target]) == []
+    (tree.kernels / "rope_table.cu").write_text(TINY.replace("SCALE;", "NOTHING;"))
+    (problem,) = build_cubins.build(tree, unused, [target], 1, True, older)
+    assert problem.startswith("kernels_cu/rope_table.cu does not compile for sm_61:")
+    assert 'error: identifier "NOTHING" is undefined' in problem
+    with pytest.raises(BuildError, match=r"for architectures 60, 61, .* got '80'"):
+        older.check_arch("80")
+
+
+def test_without_nvrtc_the_others_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvrtc.sys, "path", [str(tmp_path)])
+    with pytest.raises(BuildError, match=r"below 75 are built by NVRTC 12\.9, .*pip install '\.\[cuda-build\]'"):
+        nvrtc.find()
+    asked = []
+    monkeypatch.setattr(build_cubins, "find", lambda: Nvcc(Path("nvcc"), "13.0.88", ("75", "80")))
+    monkeypatch.setattr(build_cubins, "build", lambda tree, nvcc, targets, *rest: asked.extend(targets) or [])
+    done = CliRunner().invoke(build_cubins.main, ["--arch", "61,75", "--op", "linear"])
+    assert (done.exit_code, asked) == (1, [Target("linear", "75")])
+    assert "NVRTC 12.9, which is not installed" in done.output
 
 
 @pytest.mark.parametrize(
