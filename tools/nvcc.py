@@ -36,6 +36,10 @@ class Nvcc:
                 "and those from 90 with an a behind"
             )
 
+    def compile(self, source: Path, arch: str, flags: list[str], out: Path, cwd: Path) -> tuple[str, str]:
+        """`compile_cubin` by this one."""
+        return compile_cubin(self, source, arch, flags, out, cwd)
+
 
 def candidates() -> list[tuple[str, Path]]:
     """Every place an nvcc may be, with the words for it: PATH, CUDA_HOME, the wheels of the cuda-build extra."""

@@ -17,7 +17,10 @@ PLACE_THREADS = 128
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype."""
+    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype.
+
+    Up to four tokens take one launch for f16 and bf16 together.
+    """
     T, D, QD, KD, head_dim = (int(a[dim]) for dim in ("T", "D", "QD", "KD", "Dh"))
     if not T:
         return []
@@ -39,7 +42,8 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
         return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
     if not deterministic and not any(packed.is_packed(kind) for kind in kinds):
-        dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
+        families = dict.fromkeys(map(products.dot_kind, kinds))
+        dots = [products.dot(OP, of_family(weights, family), T, D, units, 2, device, raw) for family in families]
         if all(dots):
             return [dot for dot in dots if dot] + finish
     if wgmma.fits(weights, T, D, [QD, KD], device, deterministic):
@@ -72,6 +76,6 @@ def by_warpgroups(
     ]
 
 
-def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:
-    """The weights of a dtype."""
-    return [weight for weight in weights if weight[0] == kind]
+def of_family(weights: list[tuple[str, int]], family: str) -> list[tuple[str, int]]:
+    """The weights that one launch of `dot` multiplies."""
+    return [weight for weight in weights if products.dot_kind(weight[0]) == family]

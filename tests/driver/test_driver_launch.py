@@ -249,7 +249,7 @@ def test_a_binary_of_another_abi(device: Device, tmp_path: Path) -> None:
 
 
 @needs_binaries
-@pytest.mark.parametrize("cc", ["7.0", "6.1", "8.7"])
+@pytest.mark.parametrize("cc", ["7.0", "5.2", "8.7"])
 def test_a_device_nothing_is_shipped_for(stub: session.Stub, cc: str) -> None:
     stub.reset(CC=cc)
     device = driver.open_device()
