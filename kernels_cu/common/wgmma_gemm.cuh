@@ -4,7 +4,7 @@
 // warpgroups multiply, each half of the tokens, and hand a stage back when the tensor cores have read it. While they store
 // their results the ring fills with the next tile. `full` counts the bytes of a stage, `empty` the warps that are done with it.
 //
-// Activations are flat rows (activation_rows.cuh), weights are read as they are stored, so rows must start at multiples of 16
+// Activations are flat rows (flat_rows.cuh), weights are read as they are stored, so rows must start at multiples of 16
 // bytes. An output is one sum over K: its bits differ from those of mma_gemm.cuh, so deterministic mode does not come here.
 //
 // `Op`: T, K, row_tiles(), copy(to, tile, k, barrier), which asks for kRows weight rows at element k, and store().

@@ -2,7 +2,7 @@
 //
 // A tile is half of gate and half of up, the same rows of both, so one thread holds both sides of every product. SiLU, or GELU
 // in its tanh form; no biases.
-#include "../common/activation_rows.cuh"
+#include "../common/flat_rows.cuh"
 #include "../common/wgmma_gemm.cuh"
 #include "../common/wgmma_variants.cuh"
 #include "../generated/fused_gate_up_silu_args.h"

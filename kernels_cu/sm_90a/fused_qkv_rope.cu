@@ -2,7 +2,7 @@
 // writes them as they are, then `place` of the op's other binary.
 //
 // Scratch as there: k and v as they are, f32 [T, 2 KD], then the rows of activations at a multiple of 256 bytes.
-#include "../common/activation_rows.cuh"
+#include "../common/flat_rows.cuh"
 #include "../common/wgmma_gemm.cuh"
 #include "../common/wgmma_variants.cuh"
 #include "../generated/fused_qkv_rope_args.h"

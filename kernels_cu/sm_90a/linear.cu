@@ -1,5 +1,5 @@
 // linear on sm_90a: the products of many tokens by warpgroups. flat_rows_*, then wgmma_*.
-#include "../common/activation_rows.cuh"
+#include "../common/flat_rows.cuh"
 #include "../common/wgmma_gemm.cuh"
 #include "../common/wgmma_variants.cuh"
 #include "../generated/linear_args.h"
