@@ -26,7 +26,7 @@ import click
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.header import write_headers
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
-from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, warnings_in
+from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, losses_in, warnings_in
 
 # What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
 ARCHS = ("80", "86", "89", "90")
@@ -56,6 +56,8 @@ def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[s
     """Compile one target into `out`: its manifest entry, the command, warnings. BuildError for errors and spills."""
     source = (tree.kernels / tree.source(target)).relative_to(tree.root)
     command, said = compile_cubin(nvcc, source, target.arch, list(FLAGS), out, tree.root)
+    if losses := losses_in(said):
+        raise BuildError(f"{source}: {losses[0].strip()}")
     kernels = figures(said, out.read_bytes())
     for name, f in kernels.items():
         if not name.startswith(f"{target.op}__"):

@@ -33,7 +33,7 @@ def fresh(**settings: str) -> session.Stub:
 
 
 @functools.cache
-def kernels() -> Path:
+def kernels(arch: str = SIMULATED_ARCH) -> Path:
     """A folder of kernel binaries: the shipped ones on a real GPU, else stand-ins for what the simulated device has."""
     if session.on_real_gpu():
         return FOLDER
@@ -47,12 +47,12 @@ def kernels() -> Path:
     files: dict[str, Any] = {}
     for op, contract in CONTRACTS.items():
         names = [name for name in host.names() if name.startswith(f"{op}__")]
-        image = fake_cubin({n: FakeKernel(host.param_nbytes(n)) for n in names}, int(SIMULATED_ARCH))
+        image = fake_cubin({n: FakeKernel(host.param_nbytes(n)) for n in names}, int(arch))
         file = f"{op}.cubin"
         (folder / file).write_bytes(image)
         files[file] = {
             "op": op,
-            "arch": SIMULATED_ARCH,
+            "arch": arch,
             "abi_hash": contract.abi_hash,
             "sha256": hashlib.sha256(image).hexdigest(),
             "kernels": names,
