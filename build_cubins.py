@@ -27,7 +27,7 @@ from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.header import write_headers
 from tools import nvrtc
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
-from tools.nvcc import OF_RECORD, BuildError, Nvcc, figures, find, warnings_in
+from tools.nvcc import OF_RECORD, BuildError, Nvcc, figures, find, losses_in, warnings_in
 from tools.nvrtc import Nvrtc
 
 # What ships: more would pass the limit below. The kernels compile for 100 and 120 too: name them with --arch. 61 and 75
@@ -63,6 +63,8 @@ def build_one(tree: Tree, compiler: Nvcc | Nvrtc, target: Target, out: Path) -> 
     """Compile one target into `out`: its manifest entry, the command, warnings. BuildError for errors and spills."""
     source = (tree.kernels / tree.source(target)).relative_to(tree.root)
     command, said = compiler.compile(source, target.arch, list(FLAGS), out, tree.root)
+    if losses := losses_in(said):
+        raise BuildError(f"{source}: {losses[0].strip()}")
     kernels = figures(said, out.read_bytes())
     spills: list[str] = []  # of architectures that do not ship: told, but no reason to have nothing
     for name, f in kernels.items():
@@ -75,7 +77,7 @@ def build_one(tree: Tree, compiler: Nvcc | Nvrtc, target: Target, out: Path) -> 
                 f"{source}: kernel {name} spills {f.spill_store_nbytes} bytes for sm_{target.arch} "
                 f"({f.registers} registers, {f.max_threads} threads): give it fewer live values or smaller blocks"
             )
-            if target.arch in ARCHS:
+            if target.arch in (*ARCHS, *SPECIAL_ARCHS):
                 raise BuildError(problem)
             spills.append(problem)
     entry = {

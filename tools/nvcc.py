@@ -129,6 +129,12 @@ def warnings_in(said: str) -> list[str]:
     return [line for line in said.splitlines() if "warning" in line.lower()]
 
 
+def losses_in(said: str) -> list[str]:
+    """Complaints of ptxas that mean a much slower kernel of warpgroups: products one by one, registers kept."""
+    signs = ("Potential Performance Loss", "setmaxnreg ignored")
+    return [line for line in said.splitlines() if any(sign in line for sign in signs)]
+
+
 _FUNCTION = re.compile(r"Compiling entry function '(?P<name>\w+)'")
 _STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"

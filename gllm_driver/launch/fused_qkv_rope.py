@@ -14,6 +14,8 @@ from .base import DeviceProps, Launch, TensorMap, ceil_div
 OP = "fused_qkv_rope"
 UNIT_ROWS = 2 * products.TILE_ROWS
 PLACE_THREADS = 128
+FINISHED_DIMS = (64, 128)  # sizes of heads that the products of warpgroups can finish
+PAIRED = ("q", "kv", "bq", "bk", "bv", "q_norm", "k_norm", "cos_sin")  # read and written in pairs there
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
@@ -46,8 +48,11 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         dots = [products.dot(OP, of_family(weights, family), T, D, units, 2, device, raw) for family in families]
         if all(dots):
             return [dot for dot in dots if dot] + finish
-    if wgmma.fits(weights, T, D, [QD, KD], device, deterministic):
-        return [*by_warpgroups(weights, T, D, QD, KD, device, raw), place]
+    paired = [int(a[name]) for name in PAIRED]
+    if wgmma.fits(weights, T, D, [QD, KD], paired, device, deterministic):
+        finishes = head_dim in FINISHED_DIMS and (int(a["rope_style"]) == 1 or int(a["R"]) in (0, head_dim // 2))
+        product = by_warpgroups(weights, T, D, QD, KD, device, raw, f"_d{head_dim}" if finishes else "")
+        return product if finishes else [*product, place]
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
@@ -61,9 +66,9 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
 
 
 def by_warpgroups(
-    weights: list[tuple[str, int]], T: int, D: int, QD: int, KD: int, device: DeviceProps, raw: int
+    weights: list[tuple[str, int]], T: int, D: int, QD: int, KD: int, device: DeviceProps, raw: int, suffix: str
 ) -> list[Launch]:
-    """Products as they are; tiles are of one projection each."""
+    """Tiles are of one projection each; `suffix` says whether heads are finished, and of what size they are."""
     dtype = weights[0][0]
     shape = wgmma.shape_for(T, QD + 2 * KD, device)
     widths = (QD, KD, KD)
@@ -72,7 +77,7 @@ def by_warpgroups(
     scratch = raw + wgmma.rows_nbytes(T, D)
     return [
         wgmma.rows(OP, dtype, T, scratch),
-        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch, rows_offset=raw),
+        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch, raw, suffix),
     ]
 
 

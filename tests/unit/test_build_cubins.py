@@ -67,6 +67,31 @@ def manifest(tree: Tree) -> dict:
 
 
 @has_nvcc
+def test_kernels_of_one_architecture_alone(tree: Tree, compiler: Nvcc) -> None:
+    """They have a file in a folder named after it, and a binary beside those of all."""
+    (tree.kernels / "sm_90a").mkdir()
+    text = TINY.replace("__tiny", "__wide").replace('"common', '"../common').replace('"generated', '"../generated')
+    (tree.kernels / "sm_90a" / "rope_table.cu").write_text(text)
+    targets = build_cubins.chosen(tree, "90,90a", ("rope_table",), False)
+    assert [tree.source(t) for t in targets] == ["rope_table.cu", "sm_90a/rope_table.cu"]
+    assert build(tree, compiler, *targets) == []
+    files = manifest(tree)["files"]
+    assert list(files["sm_90a/rope_table.cubin"]["kernels"]) == ["rope_table__wide"]
+    assert build_cubins.check(tree, targets) == []
+    (tree.kernels / "rope_table.cu").write_text(TINY + "// another\n")
+    assert build_cubins.check(tree, targets) == ["sm_90/rope_table.cubin: older than its sources"]
+
+
+def test_an_architecture_with_kernels_of_its_own_needs_no_others(tree: Tree) -> None:
+    assert build_cubins.chosen(tree, "90a", ("rope_table",), False) == []
+
+
+def test_slow_products_of_warpgroups_fail_a_build() -> None:
+    said = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert nvcc.losses_in(f"ptxas info : fine\n{said}") == [said]
+
+
+@has_nvcc
 def test_a_build_describes_its_kernels_and_passes_the_check(tree: Tree, compiler: Nvcc) -> None:
     assert build(tree, compiler) == []
     entry = manifest(tree)["files"]["sm_80/rope_table.cubin"]
