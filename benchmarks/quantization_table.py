@@ -26,6 +26,7 @@ from gllm_driver.convert.run import Options, quantize
 from gllm_driver.llm import demo_model_path
 
 CALIBRATION_CHARACTERS = 1_500_000
+JUDGED_WINDOWS = 96  # of 512 tokens, the second half of each is scored
 ALL_TWO_BITS = ("*=int2_64m",)
 # name: (type, method, calibrated, keep)
 WAYS: dict[str, tuple[str, str | None, bool, tuple[str, ...]]] = {
@@ -62,7 +63,8 @@ def texts(folder: Path, tokenizer: Any) -> list[int]:
     import demo_corpus
 
     training, held_out = demo_corpus.collect([]).split()
-    random.Random(3).shuffle(training)
+    for documents in (training, held_out):
+        random.Random(3).shuffle(documents)
     text, calibration = "", folder / "calibration.txt"
     for document in training:
         text += document.text + "\n"
@@ -96,7 +98,7 @@ def judge(folder: Path, results: dict[str, Any], tokens: list[int]) -> None:
             if "perplexity" in results[name]:
                 continue
             with gllm.load(path_of(folder, name), device="cpu", context_length=512) as llm:
-                found = gllm.compare(exact, llm, tokens)
+                found = gllm.compare(exact, llm, tokens, context=512, max_windows=JUDGED_WINDOWS)
             results[name] |= {
                 "perplexity": found.perplexity_b.value,
                 "ratio": found.ratio.value,

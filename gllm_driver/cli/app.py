@@ -12,6 +12,7 @@ from .compare import compare
 from .console import Console
 from .generate import generate
 from .info import info
+from .kv import kv
 from .outcome import EXIT_CODES, catch_signals, report
 from .perplexity import perplexity
 from .quantize import quantize
@@ -35,6 +36,7 @@ gllm.add_command(info)
 gllm.add_command(perplexity)
 gllm.add_command(compare)
 gllm.add_command(quantize)
+gllm.add_command(kv)
 
 
 def run(args: Sequence[str]) -> int:

@@ -24,6 +24,11 @@ def is_gguf_name(name: str) -> bool:
     return name in _GGUF_NAMES
 
 
+def gguf_types() -> str:
+    """The names of all types of GGUF files."""
+    return ", ".join(sorted(_GGUF_NAMES))
+
+
 def dtype_named(name: str, block: int | None = None) -> DType:
     """The type a user means; `block` is the block size for int8, int4, int2 and int1.
 
@@ -41,7 +46,7 @@ def dtype_named(name: str, block: int | None = None) -> DType:
 
 def known_types() -> str:
     """All names, for help and errors."""
-    return f"{', '.join(_SHORT)}, int{{8,4,2,1}}_{{32,64,128}}{{,z,m}}, {', '.join(sorted(_GGUF_NAMES))}"
+    return f"{', '.join(_SHORT)}, int{{8,4,2,1}}_{{32,64,128}}{{,z,m}}, {gguf_types()}"
 
 
 def bits_per_weight(dtype: DType) -> float:

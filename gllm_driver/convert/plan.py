@@ -15,7 +15,7 @@ from ..models.checkpoint import Checkpoint
 from ..models.families import FAMILIES
 from ..models.names import GGUF_NAMES
 from ..types import DTYPES, F32, DType
-from .kinds import GGUF_IDS, dtype_named, is_gguf_name, stored_bits
+from .kinds import GGUF_IDS, dtype_named, gguf_types, is_gguf_name, stored_bits
 
 # At two bits and less: what embeds and reads out words, and the matrices whose errors reach the residual stream most.
 SENSITIVE_SLOTS = ("embed", "lm_head", "v", "down")
@@ -98,7 +98,7 @@ def plan_of(
 def _kept_type(name: str, is_gguf: bool) -> DType:
     dtype = dtype_named(name)
     if is_gguf and dtype.name not in GGUF_IDS:
-        raise RequestError(f"a GGUF file cannot hold {dtype.name}; it holds {', '.join(sorted(GGUF_IDS))}")
+        raise RequestError(f"a GGUF file cannot hold {dtype.name}; it holds {gguf_types()}")
     return dtype
 
 

@@ -22,7 +22,7 @@ from ..quant.grid import GRIDS
 from . import calibration
 from .activations import Call, Stream, calls_of
 from .encode import Encoded, check_method, encode, float_bytes, measured, source_rows
-from .kinds import is_gguf_name
+from .kinds import dtype_named, is_gguf_name
 from .plan import Output, Plan, plan_of
 from .report import Report, Row, row
 from .target import TensorWriter, check_target, target
@@ -55,6 +55,7 @@ def quantize(source: str, out: Path, options: Options, progress: Progress | None
         raise RequestError(f"{options.method} looks at weights alone: leave out --calib, or take gptq or search")
     if options.method == "gptq" and options.calib is None:
         raise RequestError("gptq needs a text: give one with --calib")
+    dtype_named(options.type_name, options.block)  # unknown ones are refused before anything is opened
     is_gguf = is_gguf_name(options.type_name)
     text = None if options.calib is None else calibration.read_text(options.calib)
     check_target(Path(source).expanduser(), out, is_gguf=is_gguf, force=options.force)

@@ -100,7 +100,11 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("--type q9_0", "q9_0"),
+        ("--type q9_0", "the type 'q9_0' is unknown; known: int8, int4"),
+        ("--type q4_0 --block 64", "blocks of q4_0 have their own"),
+        ("--type int4 --method rtn --calib x", "leave out --calib"),
+        ("--type q4_k --method hqq", "use --method search"),
+        ("--type q4_0 --keep *=int2_64m", "a GGUF file cannot hold int2_64m"),
         ("--type q4_0 --keep nothing*=q8_0", "matches no matrix"),
         ("--type q4_0 --keep ffn", "PATTERN=TYPE"),
         ("--type int4 --method gptq", "--calib"),
