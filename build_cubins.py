@@ -25,11 +25,14 @@ import click
 
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.ops.header import write_headers
+from tools import nvrtc
 from tools.cubin_tree import FLAGS, MANIFEST_FORMAT, Target, Tree, sha256, write_atomically
-from tools.nvcc import OF_RECORD, BuildError, Nvcc, compile_cubin, figures, find, warnings_in
+from tools.nvcc import OF_RECORD, BuildError, Nvcc, figures, find, losses_in, warnings_in
+from tools.nvrtc import Nvrtc
 
-# What ships: more would pass the limit below. The kernels compile for 75, 100 and 120 too: name them with --arch.
-ARCHS = ("80", "86", "89", "90")
+# What ships: more would pass the limit below. The kernels compile for 100 and 120 too: name them with --arch. 61 and 75
+# have no kernels on tensor cores and are small.
+ARCHS = ("61", "75", "80", "86", "89", "90")
 # Architectures that take an earlier one's files: nvcc makes the same instructions for both, but for the order of a few
 # in four helper kernels. The manifest has entries for all.
 SHARING = {"89": "86"}
@@ -56,46 +59,60 @@ def maker(target: Target) -> Target:
     return Target(target.op, SHARING.get(target.arch, target.arch))
 
 
-def build_one(tree: Tree, nvcc: Nvcc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
+def build_one(tree: Tree, compiler: Nvcc | Nvrtc, target: Target, out: Path) -> tuple[dict[str, Any], str, list[str]]:
     """Compile one target into `out`: its manifest entry, the command, warnings. BuildError for errors and spills."""
     source = (tree.kernels / tree.source(target)).relative_to(tree.root)
-    command, said = compile_cubin(nvcc, source, target.arch, list(FLAGS), out, tree.root)
+    command, said = compiler.compile(source, target.arch, list(FLAGS), out, tree.root)
+    if losses := losses_in(said):
+        raise BuildError(f"{source}: {losses[0].strip()}")
     kernels = figures(said, out.read_bytes())
+    spills: list[str] = []  # of architectures that do not ship: told, but no reason to have nothing
     for name, f in kernels.items():
         if not name.startswith(f"{target.op}__"):
             raise BuildError(f"{source}: kernel {name} must be named {target.op}__<variant>")
         if not f.max_threads:
             raise BuildError(f"{source}: kernel {name} has no __launch_bounds__")
         if f.spill_store_nbytes > ALLOWED_SPILLS.get(name, 0):
-            raise BuildError(
+            problem = (
                 f"{source}: kernel {name} spills {f.spill_store_nbytes} bytes for sm_{target.arch} "
                 f"({f.registers} registers, {f.max_threads} threads): give it fewer live values or smaller blocks"
             )
+            if target.arch in (*ARCHS, *SPECIAL_ARCHS):
+                raise BuildError(problem)
+            spills.append(problem)
     entry = {
         "op": target.op,
         "arch": target.arch,
-        "nvcc": nvcc.version,
-        "source_hash": tree.source_hash(target, nvcc.version),
+        "nvcc": compiler.version,
+        "source_hash": tree.source_hash(target, compiler.version),
         "abi_hash": CONTRACTS[target.op].abi_hash,
         "sha256": sha256(out),
         "nbytes": out.stat().st_size,
         "kernels": {name: f.as_json() for name, f in kernels.items()},
     }
-    return entry, command, warnings_in(said)
+    return entry, command, warnings_in(said) + spills
 
 
-def build(tree: Tree, nvcc: Nvcc, targets: Iterable[Target], jobs: int, verbose: bool) -> list[str]:
-    """Build what is not current, publish what succeeded, and return what went wrong."""
+def build(
+    tree: Tree, nvcc: Nvcc, targets: Iterable[Target], jobs: int, verbose: bool, older: Nvrtc | None = None
+) -> list[str]:
+    """Build what is not current, publish what succeeded, and return what went wrong.
+
+    `older` compiles for the architectures that nvcc does not know any more.
+    """
     with tree.locked():
-        return _build(tree, nvcc, list(targets), jobs, verbose)
+        return _build(tree, nvcc, list(targets), jobs, verbose, older)
 
 
-def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bool) -> list[str]:
+def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bool, older: Nvrtc | None) -> list[str]:
+    def compiler(target: Target) -> Nvcc | Nvrtc:
+        return older if older and target.arch in nvrtc.ARCHS else nvcc
+
     manifest = tree.read_manifest()
     files: dict[str, Any] = manifest["files"]
     write_headers(tree.kernels / "generated")
     made = list(dict.fromkeys(maker(t) for t in targets))
-    stale = [t for t in made if not is_current(tree, t, files.get(t.file), nvcc.version)]
+    stale = [t for t in made if not is_current(tree, t, files.get(t.file), compiler(t).version)]
     problems: list[str] = []
     for left in tree.cubin.glob(".build-*"):  # by a build that was killed; this one holds the lock
         shutil.rmtree(left)
@@ -103,7 +120,7 @@ def _build(tree: Tree, nvcc: Nvcc, targets: list[Target], jobs: int, verbose: bo
     pool = ThreadPoolExecutor(max(1, jobs))
     try:
         outs = {target: scratch / target.file.replace("/", "-") for target in stale}
-        running = {pool.submit(build_one, tree, nvcc, target, out): target for target, out in outs.items()}
+        running = {pool.submit(build_one, tree, compiler(target), target, out): target for target, out in outs.items()}
         for future in as_completed(running):
             target = running[future]
             try:
@@ -203,8 +220,9 @@ def check(tree: Tree, targets: Iterable[Target]) -> list[str]:
             problems.append(f"{target.file}: in the manifest, but the file is missing")
         elif sha256(path) != entry["sha256"]:
             problems.append(f"{target.file}: its bytes are not those the manifest describes")
-        if not entry["nvcc"].startswith(OF_RECORD + "."):
-            problems.append(f"{target.file}: built by nvcc {entry['nvcc']}, the builder of record is {OF_RECORD}")
+        of_record = nvrtc.OF_RECORD if target.arch in nvrtc.ARCHS else OF_RECORD
+        if not entry["nvcc"].startswith(of_record + "."):
+            problems.append(f"{target.file}: built by nvcc {entry['nvcc']}, the builder of record is {of_record}")
         if entry["abi_hash"] != CONTRACTS[target.op].abi_hash:
             problems.append(f"{target.file}: built for another argument struct (the contract changed)")
         if entry["source_hash"] != tree.source_hash(target, entry["nvcc"]):
@@ -261,9 +279,16 @@ def main(archs: str | None, ops: tuple[str, ...], checking: bool, jobs: int, ver
             nvcc = find()
             if not nvcc.version.startswith(OF_RECORD + "."):
                 click.echo(f"nvcc is {nvcc.version}; committed binaries come from {OF_RECORD}", err=True)
-            for arch in {t.arch for t in targets}:
+            older, missing = None, []
+            if any(t.arch in nvrtc.ARCHS for t in targets):
+                try:
+                    older = nvrtc.find()
+                except BuildError as error:  # the others are built all the same
+                    missing = [str(error)]
+                    targets = [t for t in targets if t.arch not in nvrtc.ARCHS]
+            for arch in {t.arch for t in targets} - set(nvrtc.ARCHS):
                 nvcc.check_arch(arch)
-            problems = build(tree, nvcc, targets, jobs, verbose)
+            problems = missing + build(tree, nvcc, targets, jobs, verbose, older)
     except BuildError as error:
         problems = [str(error)]
     for problem in problems:

@@ -195,7 +195,9 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   FLASH(dtype, H, 256, 256, 1, 8, 32)   \
   FLASH(dtype, H, 256, 256_m64, 1, 4, 16)
 
+#if TENSOR_CORE_KERNELS
 TENSOR_CORES(f16, __half)
 TENSOR_CORES(bf16, bf16)
+#endif
 ROWS(128)
 ROWS(256)

@@ -54,6 +54,8 @@ struct GateUp {
     return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.up_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const {
     if (!is_gated()) return {a.up, a.up_dtype, index * kTileRows, 1, a.F};
     return {index % 2 == 0 ? a.gate : a.up, a.up_dtype, index / 2 * kTileRows, 1, a.F};  // both are of one type
@@ -101,6 +103,7 @@ struct GateUp {
 #define KERNEL(bounds, name, ...) \
   extern "C" __global__ void __launch_bounds__ bounds fused_gate_up_silu__##name(const __grid_constant__ FusedGateUpSiluArgs a, ##__VA_ARGS__)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(GateUp(a)); }
 GEMV_VARIANTS(GEMV)
@@ -113,7 +116,6 @@ DOT_VARIANTS(DOT)
   KERNEL((kRowThreads), rows_##name, void *scratch) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 
 #define MMA(name, Type, tokens, rows, ...)                                              \
   KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
@@ -137,5 +139,7 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(GateUp(a), scratch);                               \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
+KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 KERNEL((kPlainThreads), plain, void *scratch) { overlap_launches(); plain_gemm(GateUp(a), static_cast<const float *>(scratch), a.F); }

@@ -50,6 +50,7 @@ struct Qkv {
   __device__ __forceinline__ int rows_of(int part) const { return part == 0 ? a.QD : a.KD; }
   __device__ __forceinline__ const void *weight_of(int part) const { return part == 0 ? a.wq : part == 1 ? a.wk : a.wv; }
   __device__ __forceinline__ int dtype_of(int part) const { return part == 0 ? a.wq_dtype : part == 1 ? a.wk_dtype : a.wv_dtype; }
+  __device__ __forceinline__ int dtype_of_unit(int unit) const { return dtype_of(part_of(unit)); }
   __device__ __forceinline__ const float *bias_of(int part) const { return part == 0 ? a.bq : part == 1 ? a.bk : a.bv; }
 
   // The head that a unit of a projection is of, where heads are whole units. Exact for up to 2^20 units: less code, and
@@ -73,7 +74,7 @@ struct Qkv {
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
     int unit = index / 2;
     const int part = part_of(unit), rows = rows_of(part);
-    const bool mine = dtype_of(part) == D::kCode && unit < units(rows);
+    const bool mine = D::holds(dtype_of(part)) && unit < units(rows);
     return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
   }
 
@@ -195,6 +196,7 @@ struct Qkv {
 #define KERNEL(bounds, name) \
   extern "C" __global__ void __launch_bounds__ bounds fused_qkv_rope__##name(const __grid_constant__ FusedQkvRopeArgs a, void *scratch)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Qkv(a, scratch)); }
 GEMV_VARIANTS(GEMV)
@@ -207,7 +209,6 @@ DOT_VARIANTS(DOT)
   KERNEL((kRowThreads), rows_##name) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
   KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
@@ -236,7 +237,9 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(op, op.rows_scratch());              \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
+KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 KERNEL((kPlainThreads), plain) {
   overlap_launches();
   const Qkv op(a, scratch);

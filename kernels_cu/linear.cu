@@ -27,6 +27,8 @@ struct Linear {
     return {a.weight, index * kTileRows, 1, a.N, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.weight_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const { return {a.weight, a.weight_dtype, index * kTileRows, 1, a.N}; }
 
   // What is added to a result: read before it is needed.
@@ -63,6 +65,7 @@ struct Linear {
 #define KERNEL(bounds, name, ...) \
   extern "C" __global__ void __launch_bounds__ bounds linear__##name(const __grid_constant__ LinearArgs a, ##__VA_ARGS__)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Linear(a)); }
 GEMV_VARIANTS(GEMV)
@@ -98,5 +101,6 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(Linear(a), scratch);                               \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
-KERNEL((kPlainThreads), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }
+KERNEL((kPlainThreads, 2), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }

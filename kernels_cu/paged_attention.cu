@@ -21,6 +21,7 @@
     split_rows<max_dim / 32>(a, offsets, scratch, counters); \
   }
 
+#if TENSOR_CORE_KERNELS
 SPLIT(f16, __half, 64)
 SPLIT(f16, __half, 80)
 SPLIT(f16, __half, 96)
@@ -31,5 +32,6 @@ SPLIT(bf16, bf16, 80)
 SPLIT(bf16, bf16, 96)
 SPLIT(bf16, bf16, 128)
 SPLIT(bf16, bf16, 256)
+#endif
 ROWS(128)
 ROWS(256)

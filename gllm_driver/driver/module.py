@@ -76,7 +76,7 @@ class KernelLibrary:
     @property
     def digest(self) -> str:
         """Names the binaries for this device: equal where they are the same, whatever the folder."""
-        files = sorted((e.op, e.sha256) for e in self.manifest.entries.values() if e.arch in self.archs)
+        files = sorted((e.op, e.sha256) for e in self._used())
         return hashlib.sha256(repr(files).encode()).hexdigest()[:24]
 
     def function(self, symbol: str) -> Function:
@@ -111,13 +111,15 @@ class KernelLibrary:
         return [self.manifest.entries[op, arch] for arch in chosen]
 
     def load_all(self) -> None:
-        """Load every op's module now."""
-        for op in dict.fromkeys(op for op, _ in self.manifest.entries):
-            for entry in self.entries(op):
-                if (
-                    entry.arch == self.archs[0] or entry.arch not in self.archs
-                ):  # the best whole set, and what adds to it
-                    self.module(entry)
+        """Load every op's modules now."""
+        for entry in self._used():
+            self.module(entry)
+
+    def _used(self) -> list[CubinEntry]:
+        """The best whole set for this device, and what adds to it."""
+        ops = dict.fromkeys(op for op, _ in self.manifest.entries)
+        fitting = [entry for op in ops for entry in self.entries(op)]
+        return [e for e in fitting if e.arch == self.archs[0] or e.arch not in self.archs]
 
     def _no_image(self, what: str, archs: list[str] | tuple[str, ...]) -> NoKernelImage:
         there_are = ", ".join(f"sm_{a}" for a in archs) or "none"

@@ -183,6 +183,7 @@ class KvManager:
         slots = sum(block.slot is None for block in group.blocks)
         if not group_can or group.state.is_warm(self._clock()) or slots > self._book.host.num_free:
             return False
+        group.state.preempted()
         self._move_out([group])
         return True
 

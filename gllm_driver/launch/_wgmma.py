@@ -5,7 +5,7 @@ kernels_cu/common/wgmma_gemm.cuh. Bits differ from the other families', so deter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from . import _products as products
@@ -15,8 +15,9 @@ CC = (9, 0)
 DTYPES = ("f16", "bf16")
 MIN_TOKENS = 65  # fewer fill no tile: mma_gemm's are smaller
 ROW_NBYTES = 128  # of a tile in shared memory: 64 elements
+PAIR_NBYTES = 8
 THREADS = 384
-BARRIER_NBYTES = 16  # two of a stage
+BARRIER_NBYTES = 16  # two of a stage, two of the groups
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class WgmmaShape:
 
     @property
     def smem_nbytes(self) -> int:
-        return self.stages * ((self.tokens + self.rows) * ROW_NBYTES + BARRIER_NBYTES)
+        return self.stages * (self.tokens + self.rows) * ROW_NBYTES + (self.stages + 1) * BARRIER_NBYTES
 
     @property
     def name(self) -> str:
@@ -42,9 +43,18 @@ SHAPES = (LARGE, SMALL)
 
 
 def fits(
-    weights: Sequence[tuple[str, int]], T: int, K: int, widths: Sequence[int], device: DeviceProps, deterministic: bool
+    weights: Sequence[tuple[str, int]],
+    T: int,
+    K: int,
+    widths: Sequence[int],
+    paired: Iterable[int],
+    device: DeviceProps,
+    deterministic: bool,
 ) -> bool:
-    """Whether weights (dtype, address) of row length K can go this way; `widths` of outputs are written in pairs."""
+    """Whether weights (dtype, address) of row length K can go this way.
+
+    Outputs of these widths, and the f32 arrays at the addresses `paired`, are accessed in pairs.
+    """
     return (
         device.cc == CC
         and not deterministic
@@ -53,6 +63,7 @@ def fits(
         and all(dtype == weights[0][0] and address % 16 == 0 for dtype, address in weights)
         and K % 8 == 0
         and all(width % 2 == 0 for width in widths)
+        and all(address % PAIR_NBYTES == 0 for address in paired)
         and max(shape.smem_nbytes for shape in SHAPES) <= device.max_smem_optin
     )
 
@@ -89,12 +100,13 @@ def product(
     device: DeviceProps,
     workspace_nbytes: int,
     rows_offset: int = 0,
+    suffix: str = "",
 ) -> Launch:
     """Products of flat rows, which lie in the workspace at an offset; `row_tiles` of shape.rows weight rows."""
     activations = TensorMap(rows_offset, T, K, dtype, shape.tokens, in_workspace=True)
     grid = min(device.num_sms, ceil_div(T, shape.tokens) * row_tiles)
     return Launch(
-        f"{op}__wgmma_{dtype}_{shape.name}",
+        f"{op}__wgmma_{dtype}_{shape.name}{suffix}",
         (grid, 1, 1),
         (THREADS, 1, 1),
         shape.smem_nbytes,

@@ -28,7 +28,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return packed.products(OP, [packed.bits_of(dtype)], T, D, tiles, device, deterministic)
     if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
         return [dot]
-    if is_for_warpgroups(a, dtypes) and wgmma.fits(weights, T, D, [F], device, deterministic):
+    if is_for_warpgroups(a, dtypes) and wgmma.fits(weights, T, D, [F], [int(a["out"])], device, deterministic):
         return by_warpgroups(weights, T, D, F, device)
     if is_mixed or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4

@@ -24,7 +24,8 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     tiles = ceil_div(N, products.TILE_ROWS)
     if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
         return [dot]
-    if wgmma.fits(weights, T, K, [N], device, deterministic):
+    paired = (int(a[name]) for name in ("out", "bias", "residual"))
+    if wgmma.fits(weights, T, K, [N], paired, device, deterministic):
         shape = wgmma.shape_for(T, N, device)
         scratch = wgmma.rows_nbytes(T, K)
         maps = [TensorMap(int(a["weight"]), N, K, dtype, shape.rows)]

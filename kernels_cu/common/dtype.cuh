@@ -46,6 +46,12 @@ struct BF16 {
   static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 
+// Either 16-bit float: which one, a weight's code says at run time.
+struct AnyHalf {
+  using Element = uint16_t;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCodeF16 || code == kCodeBF16; }
+};
+
 // Bytes of a row of n elements.
 template <class D>
 __device__ __forceinline__ int64_t row_nbytes(int n) {

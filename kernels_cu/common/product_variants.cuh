@@ -4,7 +4,7 @@
 // name, type, tokens, weight rows of a warp: few where there are few
 #define DOT_VARIANTS_OF(X, name, Type) \
   X(name, Type, 1, 2) X(name, Type, 1, 4) X(name, Type, 2, 4) X(name, Type, 4, 4)
-#define DOT_VARIANTS(X) DOT_VARIANTS_OF(X, f32, F32) DOT_VARIANTS_OF(X, f16, F16) DOT_VARIANTS_OF(X, bf16, BF16)
+#define DOT_VARIANTS(X) DOT_VARIANTS_OF(X, f32, F32) DOT_VARIANTS_OF(X, half, AnyHalf)
 
 // name, type, planes, tiles of 16 activation rows. One plane is for deterministic mode.
 #define GEMV_VARIANTS(X) \

@@ -16,8 +16,6 @@ constexpr int kStep = 32;      // elements multiplied at once: two mma
 constexpr int kSegment = 256;  // elements summed in one chain; an output is the sum of its segments, in order
 constexpr int kTileRows = 8;   // weight rows of one mma
 
-constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // Eight rows of a weight of `rows` rows: first, first + step, ... as far as they exist.
 template <class D>
 struct WeightTile {

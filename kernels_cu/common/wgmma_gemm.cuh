@@ -1,24 +1,29 @@
 // wgmma_gemm.cuh - products with many tokens on Hopper: a block computes kTokens tokens by kRows weight rows at a time.
 //
 // Blocks stay and take tile after tile. One thread has the copy engine fill a ring of kStages tiles of 64 elements of K; two
-// warpgroups multiply, each half of the tokens, and hand a stage back when the tensor cores have read it. While they store
-// their results the ring fills with the next tile. `full` counts the bytes of a stage, `empty` the warps that are done with it.
+// warpgroups multiply and hand a stage back when the tensor cores have read it. Either each takes half of a tile's tokens, so
+// that tiles can be large, or, kAlternate, they take tiles in turn: while one stores its results the other multiplies. `full`
+// counts the bytes of a stage, `empty` the warps that are done with it, `turn` those of the other group that have seen the
+// last stage of a tile: without it a group could look for a stage two rounds ahead, which a barrier cannot tell from this one.
 //
-// Activations are flat rows (activation_rows.cuh), weights are read as they are stored, so rows must start at multiples of 16
+// Activations are flat rows (flat_rows.cuh), weights are read as they are stored, so rows must start at multiples of 16
 // bytes. An output is one sum over K: its bits differ from those of mma_gemm.cuh, so deterministic mode does not come here.
 //
-// `Op`: T, K, row_tiles(), copy(to, tile, k, barrier), which asks for kRows weight rows at element k, and store().
+// `Op`: T, K, row_tiles(), copy(to, tile, k, barrier), which asks for kRows weight rows at element k, and store(), which all
+// lanes call, those of tokens that do not exist too.
 #pragma once
 
 #include "hopper.cuh"
 
-template <int kTokens_, int kRows_, int kStages_, int kTogether_ = 16>
+template <int kTokens_, int kRows_, int kStages_, bool kAlternate_, int kTogether_ = 16>
 struct WgmmaShape {
+  static constexpr bool kAlternate = kAlternate_;
   static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_;
   static constexpr int kDepth = 64, kStep = 16;  // elements of K in a stage, and in an instruction
   static constexpr int kGroups = 2;              // of warps that multiply
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
-  static constexpr int kTiles = kTokens / (64 * kGroups);  // of 64 tokens, of a group
+  static constexpr int kSharing = kAlternate ? 1 : kGroups;  // groups that work on one tile
+  static constexpr int kTiles = kTokens / (64 * kSharing);   // of 64 tokens, of a group
   static constexpr int kTokenNbytes = kTokens * kSwizzleSpan, kStageNbytes = kTokenNbytes + kRows * kSwizzleSpan;
   static constexpr int kTogether = kTogether_;  // token tiles that are computed together for each row tile: both stay in L2
 };
@@ -29,6 +34,23 @@ struct RingPosition {
   int stage = 0, phase = 0;
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void advance(int n) {
+    phase ^= (stage + n) / kStages & 1;
+    stage = (stage + n) % kStages;
+  }
+};
+
+template <class Shape>
+struct Barriers {
+  uint64_t *const full, *const empty, *const turn;
+
+  __device__ __forceinline__ explicit Barriers(unsigned char *shared)
+      : full(reinterpret_cast<uint64_t *>(shared)), empty(full + Shape::kStages), turn(empty + Shape::kStages) {}
+  __device__ __forceinline__ void init() const {
+    for (int s = 0; s < Shape::kStages; s++) mbarrier_init(full + s, 1), mbarrier_init(empty + s, Shape::kSharing * 4);
+    for (int g = 0; g < Shape::kGroups; g++) mbarrier_init(turn + g, 4);
+    mbarrier_init_fence();
   }
 };
 
@@ -48,7 +70,7 @@ struct TileOrder {
 };
 
 template <class Shape, class Op>
-__device__ __forceinline__ void fill_ring(const Op &op, const TensorMap &activations, unsigned char *shared, uint64_t *full, uint64_t *empty) {
+__device__ __forceinline__ void fill_ring(const Op &op, const TensorMap &activations, unsigned char *shared, const Barriers<Shape> &barriers) {
   const TileOrder<Shape> order(op.T, op.row_tiles());
   const int depths = ceil_div(op.K, Shape::kDepth);
   RingPosition<Shape::kStages> at;
@@ -56,31 +78,37 @@ __device__ __forceinline__ void fill_ring(const Op &op, const TensorMap &activat
     int token_tile, row_tile;
     order.find(i, token_tile, row_tile);
     for (int d = 0; d < depths; d++) {
-      mbarrier_wait(empty + at.stage, at.phase ^ 1);  // a ring that was never read is empty
+      mbarrier_wait(barriers.empty + at.stage, at.phase ^ 1);  // a ring that was never read is empty
+      uint64_t *full = barriers.full + at.stage;
       unsigned char *tokens = shared + at.stage * Shape::kStageNbytes;
-      mbarrier_arrive_expect(full + at.stage, Shape::kStageNbytes);
-      copy_box(tokens, activations, d * Shape::kDepth, token_tile * Shape::kTokens, full + at.stage);
-      op.copy(tokens + Shape::kTokenNbytes, row_tile, d * Shape::kDepth, full + at.stage);
+      mbarrier_arrive_expect(full, Shape::kStageNbytes);
+      copy_box(tokens, activations, d * Shape::kDepth, token_tile * Shape::kTokens, full);
+      op.copy(tokens + Shape::kTokenNbytes, row_tile, d * Shape::kDepth, full);
       at.advance();
     }
   }
 }
 
 template <class Half, class Shape, class Op>
-__device__ __forceinline__ void multiply_ring(const Op &op, const float *unscale, const unsigned char *shared, uint64_t *full, uint64_t *empty) {
+__device__ __forceinline__ void multiply_ring(const Op &op, const float *unscale, const unsigned char *shared, const Barriers<Shape> &barriers) {
   constexpr int kGroupTokens = Shape::kTiles * 64;
   const TileOrder<Shape> order(op.T, op.row_tiles());
   const int depths = ceil_div(op.K, Shape::kDepth), group = threadIdx.x / kWarpgroup, lane = threadIdx.x % 32;
+  const int part = Shape::kAlternate ? 0 : group, step = Shape::kGroups / Shape::kSharing;
   RingPosition<Shape::kStages> at;
+  if (Shape::kAlternate) at.advance(group * depths);
   float d[Shape::kTiles][Shape::kRows / 2];
-  for (int i = blockIdx.x; i < order.count(); i += gridDim.x) {
+  int turn = 0;  // of this group
+  for (int i = blockIdx.x + (Shape::kAlternate ? group : 0) * gridDim.x; i < order.count(); i += step * gridDim.x) {
     int token_tile, row_tile, last = 0;
     order.find(i, token_tile, row_tile);
+    if (Shape::kAlternate) mbarrier_wait(barriers.turn + group, (turn & 1) ^ (group == 0));  // the first goes first
+    turn++;
 #pragma unroll 1
     for (int k = 0; k < depths; k++) {
       const unsigned char *tokens = shared + at.stage * Shape::kStageNbytes;
-      mbarrier_wait(full + at.stage, at.phase);
-      const uint64_t a = wgmma_descriptor(tokens + group * kGroupTokens * kSwizzleSpan), b = wgmma_descriptor(tokens + Shape::kTokenNbytes);
+      mbarrier_wait(barriers.full + at.stage, at.phase);
+      const uint64_t a = wgmma_descriptor(tokens + part * kGroupTokens * kSwizzleSpan), b = wgmma_descriptor(tokens + Shape::kTokenNbytes);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < Shape::kDepth / Shape::kStep; step++) {
@@ -89,18 +117,20 @@ __device__ __forceinline__ void multiply_ring(const Op &op, const float *unscale
       }
       wgmma_commit();
       wgmma_wait<1>();  // the stage before this one has been read
-      if (k > 0 && lane == 0) mbarrier_arrive(empty + last);
+      if (k > 0 && lane == 0) mbarrier_arrive(barriers.empty + last);
       last = at.stage;
       at.advance();
     }
+    if (Shape::kAlternate && lane == 0) mbarrier_arrive(barriers.turn + (group ^ 1));
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty + last);
-    const int first = token_tile * Shape::kTokens + group * kGroupTokens + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
+    if (lane == 0) mbarrier_arrive(barriers.empty + last);
+    if (Shape::kAlternate) at.advance(depths);  // the other's tile
+    const int first = token_tile * Shape::kTokens + part * kGroupTokens + threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
 #pragma unroll
     for (int m = 0; m < Shape::kTiles; m++) {
       const int upper = first + m * 64, lower = upper + 8;
-      if (upper < op.T) op.template store<Shape::kRows, 0>(upper, row_tile, lane % 4, d[m], unscale[upper]);
-      if (lower < op.T) op.template store<Shape::kRows, 1>(lower, row_tile, lane % 4, d[m], unscale[lower]);
+      op.template store<Shape::kRows, 0>(upper, row_tile, lane % 4, d[m], upper < op.T ? unscale[upper] : 0.f);
+      op.template store<Shape::kRows, 1>(lower, row_tile, lane % 4, d[m], lower < op.T ? unscale[lower] : 0.f);
     }
   }
 }
@@ -109,19 +139,16 @@ __device__ __forceinline__ void multiply_ring(const Op &op, const float *unscale
 template <class Half, class Shape, class Op>
 __device__ __forceinline__ void wgmma_gemm(const Op &op, const TensorMap &activations, const float *unscale) {
   DYN_SHARED(unsigned char, shared);
-  auto *full = reinterpret_cast<uint64_t *>(shared + Shape::kStages * Shape::kStageNbytes), *empty = full + Shape::kStages;
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < Shape::kStages; s++) mbarrier_init(full + s, 1), mbarrier_init(empty + s, Shape::kGroups * 4);
-    mbarrier_init_fence();
-  }
+  const Barriers<Shape> barriers(shared + Shape::kStages * Shape::kStageNbytes);
+  if (threadIdx.x == 0) barriers.init();
   __syncthreads();
   overlap_launches();
   if (threadIdx.x >= Shape::kGroups * kWarpgroup) {
     give_registers<24>();
-    if (threadIdx.x == Shape::kGroups * kWarpgroup) fill_ring<Shape>(op, activations, shared, full, empty);
+    if (threadIdx.x == Shape::kGroups * kWarpgroup) fill_ring<Shape>(op, activations, shared, barriers);
   } else {
     take_registers<240>();
-    multiply_ring<Half, Shape>(op, unscale, shared, full, empty);
+    multiply_ring<Half, Shape>(op, unscale, shared, barriers);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // A tile is half of gate and half of up, the same rows of both, so one thread holds both sides of every product. SiLU, or GELU
 // in its tanh form; no biases.
-#include "../common/activation_rows.cuh"
+#include "../common/flat_rows.cuh"
 #include "../common/wgmma_gemm.cuh"
 #include "../common/wgmma_variants.cuh"
 #include "../generated/fused_gate_up_silu_args.h"
@@ -28,6 +28,7 @@ struct WideGateUp {
 
   template <int kRows, int kHalf>
   __device__ __forceinline__ void store(int token, int tile, int t, const float (&d)[kRows / 2], float unscale) const {
+    if (token >= T) return;
     const int first = tile * half + 2 * t;
     float *out = a.out + static_cast<int64_t>(token) * a.F + first;
 #pragma unroll
@@ -48,12 +49,12 @@ struct WideGateUp {
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 
-#define WGMMA(name, Half, tokens, rows, stages)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WgmmaShape<tokens, rows, stages>::kThreads, 1)                                      \
+#define WGMMA(name, Half, tokens, rows, stages, alternate)                                                                                    \
+  extern "C" __global__ void __launch_bounds__(WgmmaShape<tokens, rows, stages, alternate>::kThreads, 1)                                      \
       fused_gate_up_silu__wgmma_##name##_##tokens##x##rows(const __grid_constant__ FusedGateUpSiluArgs a,                          \
                                                            const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate, \
                                                            const __grid_constant__ TensorMap up, void *scratch) {                  \
     const WideGateUp op{a, gate, up, a.T, a.D, (rows) / 2};                                                                        \
-    wgmma_gemm<Half, WgmmaShape<tokens, rows, stages>>(op, x, FlatRows<Half>(scratch, a.T, a.D).unscale);                          \
+    wgmma_gemm<Half, WgmmaShape<tokens, rows, stages, alternate>>(op, x, FlatRows<Half>(scratch, a.T, a.D).unscale);                          \
   }
 WGMMA_VARIANTS(WGMMA)

@@ -1,5 +1,5 @@
 // linear on sm_90a: the products of many tokens by warpgroups. flat_rows_*, then wgmma_*.
-#include "../common/activation_rows.cuh"
+#include "../common/flat_rows.cuh"
 #include "../common/wgmma_gemm.cuh"
 #include "../common/wgmma_variants.cuh"
 #include "../generated/linear_args.h"
@@ -19,6 +19,7 @@ struct WideLinear {
 
   template <int kRows, int kHalf>
   __device__ __forceinline__ void store(int token, int tile, int t, const float (&d)[kRows / 2], float unscale) const {
+    if (token >= T) return;
     const int first = tile * kRows + 2 * t;
     const int64_t at = static_cast<int64_t>(token) * a.N + first;
     const auto load = [&](int column, Added &added) {
@@ -40,9 +41,9 @@ struct WideLinear {
 ROWS(f16, __half)
 ROWS(bf16, bf16)
 
-#define WGMMA(name, Half, tokens, rows, stages)                                                                                             \
-  extern "C" __global__ void __launch_bounds__(WgmmaShape<tokens, rows, stages>::kThreads, 1) linear__wgmma_##name##_##tokens##x##rows(     \
+#define WGMMA(name, Half, tokens, rows, stages, alternate)                                                                                             \
+  extern "C" __global__ void __launch_bounds__(WgmmaShape<tokens, rows, stages, alternate>::kThreads, 1) linear__wgmma_##name##_##tokens##x##rows(     \
       const __grid_constant__ LinearArgs a, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight, void *scratch) { \
-    wgmma_gemm<Half, WgmmaShape<tokens, rows, stages>>(WideLinear{a, weight, a.T, a.K, rows}, x, FlatRows<Half>(scratch, a.T, a.K).unscale); \
+    wgmma_gemm<Half, WgmmaShape<tokens, rows, stages, alternate>>(WideLinear{a, weight, a.T, a.K, rows}, x, FlatRows<Half>(scratch, a.T, a.K).unscale); \
   }
 WGMMA_VARIANTS(WGMMA)

@@ -18,7 +18,8 @@ from test_cuda_products import kernels
 
 from gllm_driver.launch import DeviceProps, Launch, _products, _wgmma, launches
 from gllm_driver.ops import CONTRACTS
-from gllm_driver.ops._case_tools import normal, rng
+from gllm_driver.ops._case_tools import Chunk, normal, rng
+from gllm_driver.ops._qkv_cases import _case as qkv_case
 from gllm_driver.ops.contract import Case
 from gllm_driver.types import DTYPES, Tensor
 
@@ -58,7 +59,8 @@ def test_every_case_of_queries_keys_and_values(dtype: str, shape: _wgmma.WgmmaSh
     num_run = 0
     for case in contract.cases():
         for storage in storages(contract, case, DEVICE_WEIGHTS):
-            if f"{op}__wgmma_{dtype}_{shape.name}" not in symbols(op, case, storage):
+            names = symbols(op, case, storage)
+            if not names[1:] or not names[1].startswith(f"{op}__wgmma_{dtype}_{shape.name}"):
                 continue
             try:
                 run_case(contract, case, storage, run, alternatives=activations_for(op, storage))
@@ -66,6 +68,36 @@ def test_every_case_of_queries_keys_and_values(dtype: str, shape: _wgmma.WgmmaSh
                 raise AssertionError(f"{case.label} {label(contract, storage)}") from error
             num_run += 1
     assert num_run >= 10
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "normalized": {"qk_norm": True},
+    "biases": {"bias": True},
+    "interleaved": {"style": 1, "qk_norm": True, "bias": True},
+    "partly-interleaved": {"style": 1, "pairs": 12},
+    "unrotated": {"pairs": 0},
+    "layernorm": {"center": True, "norm_bias": True},
+}
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "f16"), (128, "bf16")])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_finished_by_the_product(name: str, head_dim: int, dtype: str, shape: _wgmma.WgmmaShape) -> None:
+    op, options = "fused_qkv_rope", {"pairs": head_dim // 2} | HEADS[name]
+    case = qkv_case(
+        f"wgmma-{name}-{head_dim}",
+        chunks=(Chunk(70), Chunk(3, 5)),
+        hidden=72,
+        heads=3,
+        kv_heads=1,
+        head_dim=head_dim,
+        layers=(2, 1),
+        **options,
+    )
+    for storage in storages(CONTRACTS[op], case, (dtype,)):
+        (*_, product) = symbols(op, case, storage)
+        assert product == f"{op}__wgmma_{dtype}_{shape.name}_d{head_dim}"
+        run_case(CONTRACTS[op], case, storage, run, alternatives=activations_for(op, storage))
 
 
 def values(g: np.random.Generator, K: int) -> np.ndarray:
@@ -181,5 +213,5 @@ def test_tiles_leave_few_multiprocessors_idle() -> None:
 
 def test_the_sources_have_the_shapes_the_launches_name() -> None:
     text = (ROOT / "kernels_cu" / "common" / "wgmma_variants.cuh").read_text()
-    said = [tuple(map(int, found)) for found in re.findall(r"X\(name, Half, (\d+), (\d+), (\d+)\)", text)]
+    said = [tuple(map(int, found)) for found in re.findall(r"X\(name, Half, (\d+), (\d+), (\d+), ", text)]
     assert said == [(shape.tokens, shape.rows, shape.stages) for shape in _wgmma.SHAPES]
