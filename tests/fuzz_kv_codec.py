@@ -1,8 +1,8 @@
 """Fuzz of the decoder of stored KV: `python -m tests.fuzz_kv_codec 1000000 [seed]`.
 
 Entries of tiny layouts in every codec are flipped, cut, spliced and replaced by noise; half of them are sealed again,
-so that damage is behind right checksums. Only StoreError may come out, no memory beyond a bound may be used, and what is
-accepted is of the expected key and, unless sealed again, the KV that was written.
+so that damage is behind right checksums. Only StoreError may come out, no memory beyond a bound may be used, and what
+is accepted is of the expected key and, unless sealed again, the KV that was written.
 """
 
 from __future__ import annotations
