@@ -104,8 +104,9 @@ def soak(seconds: float, count: int, seed: int) -> int:
         with closing(open_store(disk)) as store:
             report = store.verify()
     print(
-        f"{seconds:.0f} s, {kills} kills: {generations} generations, {cached} with KV from the store, {wrong} "
-        f"other than computed, {crashes} processes ended by themselves; {len(report.bad)} damaged of {report.num_checked} files"
+        f"{seconds:.0f} s, {kills} kills: {generations} generations, {cached} with KV from the store, "
+        f"{wrong} other than computed, {crashes} processes ended by themselves; "
+        f"{len(report.bad)} damaged of {report.num_checked} files"
     )
     return wrong + crashes + len(report.bad)
 
