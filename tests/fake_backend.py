@@ -136,7 +136,8 @@ class FakeBuffer:
         self._stage.backend._enter("wait")
 
     def __del__(self) -> None:
-        self._stage.free.append(self._own)
+        if hasattr(self, "_own"):  # an interrupt may come before it has one
+            self._stage.free.append(self._own)
 
 
 class FakeStage:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cuda_runner import ROOT, direct
 from cuda_tolerance import contract_for
+from hostsim.direct import encode_tensor_map
 from op_harness import run_case, storages
 from op_memory import encode
 
@@ -239,11 +240,11 @@ def test_single_queries_of_a_packed_step_take_the_kernels_of_decode() -> None:
     assert split.symbol == decode.symbol == "paged_attention__split_bf16_d64"
     assert (split.addresses, decode.addresses) == ((512,), (0,))
     own = np.zeros((), CONTRACTS["flash_attention"].struct)
-    struct, *rest = split.params(own, 1024, 2048)
+    struct, *rest = split.params(own, 1024, 2048, encode_tensor_map)
     assert struct.dtype == CONTRACTS["paged_attention"].struct
     assert (struct["S"], struct["kv"], struct["MP"]) == (2, 256, 64)
     assert rest == [512, 1024, 2048]
-    assert tiles.params(own, 1024, 2048) == (own,)
+    assert tiles.params(own, 1024, 2048, encode_tensor_map) == (own,)
 
 
 def test_a_head_dim_no_kernel_takes() -> None:
