@@ -20,6 +20,7 @@ from gllm_driver.driver.launch import PackedParams
 from gllm_driver.driver.manifest import FOLDER
 from gllm_driver.driver.memory import DeviceBuffer
 from gllm_driver.driver.module import KernelLibrary
+from gllm_driver.driver.tensor_map import encode_tensor_map
 from gllm_driver.launch import DeviceProps, launches
 from gllm_driver.ops import CONTRACTS
 from gllm_driver.types import DTYPES, F32, I32, I64, Tensor
@@ -146,8 +147,8 @@ class Bench:
         buffers.append(self.device.alloc(max(256, workspace)))
         counters = np.zeros(1 + max(x.num_counters for _, x in todo), np.int32)
         buffers.append(self.upload(counters))
-        extra = buffers[-2].address, buffers[-1].address
-        calls = [(self.library.function(x.symbol), x, PackedParams(args, *x.extra_params(*extra))) for args, x in todo]
+        extra = buffers[-2].address, buffers[-1].address, encode_tensor_map
+        calls = [(self.library.function(x.symbol), x, PackedParams(*x.params(args, *extra))) for args, x in todo]
 
         def record() -> None:
             for function, x, params in calls:

@@ -33,9 +33,10 @@ from .simd import (
 )
 from .unpack import Group, load_group, part
 
-# Rows read side by side for a single token: the hardware prefetcher follows four long rows by itself, but not eight;
-# short rows of blocks want eight, and their next tile prefetched by hand.
-TALL_FLOAT_ROWS, TALL_BLOCK_ROWS = 4, 8
+# Tiles of one row read a matrix from its first byte to its last: one stream, which every hardware prefetcher follows.
+# Those that compute as well help it along. Taller ones jump from row to row, so they must ask for what they will need.
+AHEAD_NBYTES = 2048
+AHEAD_BLOCK_ROWS = 8
 FEW = 8  # tokens of a tile that still waits for memory
 ITEM_NBYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -49,7 +50,7 @@ def _emit_float_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     rows = [b.add(w, b.mul(w_stride, _at_most(b, r, num_rows))) for r in range(R)]
     tokens = [b.add(x, b.mul(x_stride, _at_most(b, c, num_tokens))) for c in range(C)]
     size = ITEM_NBYTES[dtype]
-    ahead = b.mul(w_stride, i64(2 * R))
+    ahead = i64(AHEAD_NBYTES) if R == 1 else b.mul(w_stride, i64(2 * R))
     num_vectors = b.sdiv(K, i64(LANES))
 
     def body(i: ir.Value, acc: list[ir.Value]) -> list[ir.Value]:
@@ -108,7 +109,7 @@ def _emit_block_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
     format = block_format(dtype)
     assert format is not None
     row_at = [b.add(w, b.mul(w_stride, _at_most(b, r, rows))) for r in range(R)]
-    ahead = b.mul(w_stride, i64(TALL_BLOCK_ROWS))
+    ahead = i64(AHEAD_NBYTES) if R == 1 else b.mul(w_stride, i64(AHEAD_BLOCK_ROWS))
     token_at = [b.add(x, b.mul(x_stride, _at_most(b, c, tokens))) for c in range(C)]
     groups = b.sdiv(K, i64(GROUP))
     floats = ir.VectorType(F32, LANES)
@@ -122,7 +123,7 @@ def _emit_block_tile(b: ir.IRBuilder, dtype: str, R: int, C: int, args: list[ir.
             loaded = []
             for r in pair:
                 address = b.add(starts[r], w_at)
-                if C <= FEW:  # the tile below: rows are too short for the hardware to guess
+                if 1 < C <= FEW:
                     for line in range(0, format.group_nbytes, 64):
                         prefetch(b, b.add(address, b.add(ahead, i64(line))))
                 loaded.append(load_group(b, format, address))
@@ -277,11 +278,10 @@ def _tile(dtype: str, R: int, C: int) -> Any:
 
 
 def tile_rows(dtype: str) -> dict[int, int]:
-    """Rows of a tile by its tokens: as many accumulators as registers hold beside the operands."""
-    single = TALL_FLOAT_ROWS if dtype in ITEM_NBYTES else TALL_BLOCK_ROWS
+    """Rows of a tile by its tokens: one where memory binds, else as many accumulators as registers hold."""
     if LANES == 16:
-        return {1: single, 2: 4, 4: 4, 8: 3 if dtype in ITEM_NBYTES else 2}
-    return {1: single, 2: 4, 4: 4 if LANES == 4 else 2}
+        return {1: 1, 2: 1, 4: 1, 8: 3 if dtype in ITEM_NBYTES else 2}
+    return {1: 1, 2: 1, 4: 4 if LANES == 4 else 2}
 
 
 def make(dtype: str) -> tuple[Callable, tuple]:

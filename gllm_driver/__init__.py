@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .engine import Engine, Request, RequestHandle
     from .engine.async_engine import AsyncEngine
     from .errors import GllmError
+    from .evaluation import ComparisonResult, PerplexityResult, compare, perplexity
     from .generation import AsyncTextStream, GenerationResult, TextStream, Timings
     from .llm import LLM, load
     from .metrics import Metrics
@@ -26,18 +27,22 @@ __all__ = [
     "LLM",
     "AsyncEngine",
     "AsyncTextStream",
+    "ComparisonResult",
     "DeviceInfo",
     "Engine",
     "GenerationResult",
     "GllmError",
     "Metrics",
+    "PerplexityResult",
     "Request",
     "RequestHandle",
     "TextStream",
     "Timings",
     "__version__",
+    "compare",
     "devices",
     "load",
+    "perplexity",
 ]
 
 _HOMES = {
@@ -55,6 +60,10 @@ _HOMES = {
     "DeviceInfo": "backends.select",
     "devices": "backends.select",
     "GllmError": "errors",
+    "ComparisonResult": "evaluation",
+    "PerplexityResult": "evaluation",
+    "compare": "evaluation",
+    "perplexity": "evaluation",
 }
 
 

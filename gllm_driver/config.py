@@ -125,7 +125,7 @@ DISTILL_METHODS = ("tokens", "layers")
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """How KV that must make room is made smaller, at the price of exactness (docs/kv-distillation.md).
+    """How KV that must make room is made smaller, at the price of exactness.
 
     method "tokens": windows of `ratio` old tokens become one, on the device. "layers": one of `ratio` layers keeps its
     KV while it is swapped out. sinks and window: so many first and last tokens are never merged, rounded up to pages.

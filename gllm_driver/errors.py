@@ -42,12 +42,27 @@ class HubError(GllmError):
     """A model could not be fetched from the hub (offline, unknown id, no permission)."""
 
 
+class WriteError(GllmError):
+    """An output file cannot be written: no space, no permission, something is there already. Nothing of it is left."""
+
+
 class RequestError(GllmError):
     """One request is wrong: empty prompt, token id out of range, contradictory sampling options."""
 
 
 class CapacityError(RequestError):
     """One request needs more memory or context than there is."""
+
+
+class StoreError(GllmError):
+    """Bytes of a KV store, or the store itself, are of no use. It costs a cache miss and never more.
+
+    `reason` is one word to count by (kv/store/base.py, REASONS).
+    """
+
+    def __init__(self, reason: str, problem: str) -> None:
+        super().__init__(problem)
+        self.reason = reason
 
 
 class UnsupportedError(GllmError):

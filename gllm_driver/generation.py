@@ -150,7 +150,6 @@ class _Stream:
         progress: Progress = handle.progress
         tokens = handle.tokens
         reason = progress.finish_reason if handle.num_read == len(tokens) else None
-        now = about.traffic()
         computed = about.prompt_tokens - progress.cached_tokens
         return GenerationResult(
             text="".join(self._shown),
@@ -164,7 +163,7 @@ class _Stream:
                 prefill_tokens_per_s=computed / progress.prefill_s if progress.prefill_s else 0.0,
                 decode_tokens_per_s=progress.decode_steps / progress.decode_s if progress.decode_s else 0.0,
             ),
-            traffic=Traffic(now.h2d_bytes - self._traffic.h2d_bytes, now.d2h_bytes - self._traffic.d2h_bytes),
+            traffic=about.traffic() - self._traffic,
             device=about.device,
             cached_tokens=progress.cached_tokens,
         )

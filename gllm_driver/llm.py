@@ -6,6 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from .config import KvCacheConfig, SamplingConfig, SwapConfig
 from .engine import Engine, EngineConfig, Request
+from .engine.sharing import KvSharingConfig
 from .errors import BackendError, CapacityError, GllmError, RequestError
 from .generation import AsyncTextStream, Circumstances, GenerationOptions, GenerationResult, Text, TextStream, Timings
 from .metrics import Metrics
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from .backends.base import Backend
     from .engine.async_engine import AsyncEngine
+    from .engine.core import LogitsVisitor
+    from .kv.store import KvStore
     from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
     from .models.checkpoint import Checkpoint
@@ -62,6 +66,7 @@ class Sharing:
     prefix_reuse: bool = True
     kv_tokens: int | None = None
     swap: SwapConfig = field(default_factory=SwapConfig)
+    kv_store: KvStore | None = None
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -70,6 +75,8 @@ class Sharing:
             raise RequestError(f"chunk_size must be at least 4, got {self.chunk_size}")
         if self.kv_tokens is not None and self.kv_tokens < 1:
             raise RequestError(f"kv_tokens must be at least 1, got {self.kv_tokens}")
+        if self.kv_store is not None and not self.prefix_reuse:
+            raise RequestError("kv_store needs prefix_reuse: what it brings is found as a prefix")
 
     def engine_config(self, *, on_cpu: bool, chunk_invariant: bool) -> EngineConfig:
         """The same for the engine."""
@@ -91,12 +98,28 @@ class LLM:
     each gets what it would get alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint, backend: Backend, engine: Engine, load_s: float) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        backend: Backend,
+        engine: Engine,
+        load_s: float,
+        store: KvStore | None = None,
+    ) -> None:
+        self.weight_types = _weight_types(checkpoint)
+        if not backend.maps_weights:  # copies of converted matrices must not stay in host memory
+            checkpoint = replace(checkpoint, tensors={})
+        self._store = store  # to be closed with it
         self._checkpoint = checkpoint
         self._backend = backend
         self._engine = engine
         self._async_engine: AsyncEngine | None = None
         self.load_s = load_s
+
+    @property
+    def path(self) -> Path:
+        """Where its files are."""
+        return self._checkpoint.path
 
     @property
     def arch(self) -> Arch:
@@ -107,6 +130,11 @@ class LLM:
     def device(self) -> str:
         """The device it runs on."""
         return self._backend.name
+
+    @property
+    def kv_dtype(self) -> str:
+        """Type of the KV cache."""
+        return self._engine.kv.config.dtype
 
     @property
     def context_length(self) -> int:
@@ -252,6 +280,18 @@ class LLM:
         """Logits after each token of a sequence: f32 [T, vocab_size]. Raises RequestError, CapacityError."""
         return self._engine.logits([int(t) for t in token_ids])
 
+    def read_logits(self, sequences: Sequence[Sequence[int]], visit: LogitsVisitor, first: int = 0) -> None:
+        """Show logits of sequences of one length from position `first` on, in bounded memory.
+
+        visit(i, position, logits) hears of f32 [n, vocab_size] after the tokens of sequence i from `position` on, all
+        of them in order; meanwhile nothing else runs. Raises RequestError, CapacityError, and what `visit` raises.
+        """
+        self._engine.read_logits(sequences, visit, first)
+
+    def sequences_at_once(self, length: int, first: int) -> int:
+        """How many sequences of so many tokens suit one call of `read_logits`."""
+        return self._engine.sequences_at_once(length, first)
+
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat format, ready to be answered.
 
@@ -291,6 +331,8 @@ class LLM:
         self._engine.close()
         if self._async_engine is not None:
             self._async_engine.close()
+        if self._store is not None:
+            self._store.close()
         self._backend.close()
 
     def __enter__(self) -> LLM:
@@ -330,6 +372,7 @@ def load(
     prefix_reuse: bool = True,
     kv_tokens: int | None = None,
     cpu_reserve_mb: int = 512,
+    kv_store: str | KvStore | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
     """Load a model.
@@ -347,6 +390,10 @@ def load(
     default and max_batch of them where half of the free memory suffices; what does not fit waits, or is moved to at
     most cpu_reserve_mb of host memory and back (0: computed again instead).
 
+    kv_store: where KV of prompts is kept beyond a request and a process, such as
+    "memory:2GiB,disk:/path?cap=20GiB,redis://host:6379/0" (docs/kv-store.md), or a store that stays open. With
+    deterministic, KV is shared only with what computes it to the same bits; without, a GPU and a CPU share theirs.
+
     With auto, a model that does not fit on the GPU, or a GPU that fails, means the CPU, with a warning in the log.
 
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
@@ -358,20 +405,32 @@ def load(
     if dtype != "auto" and dtype not in FLOAT_DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}: choose auto, {', '.join(FLOAT_DTYPES)}")
     swap = SwapConfig(enable_swap=cpu_reserve_mb > 0, cpu_reserve_mb=max(cpu_reserve_mb, 0))
-    sharing = Sharing(max_batch, chunk_size, prefix_reuse, kv_tokens, swap)
-    checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
-    backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
-    try:
-        engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
-    except (CapacityError, BackendError) as error:
-        if device != "auto" or backend.name == "cpu":
-            raise
-        log.warning("using the CPU: %s", error)
-        backend = open_backend("cpu", threads=threads, progress=progress)
-        engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
-    if not backend.maps_weights:  # copies of converted matrices must not stay in host memory
-        checkpoint = replace(checkpoint, tensors={})
-    return LLM(checkpoint, backend, engine, time.perf_counter() - start)
+    with ExitStack() as cleanup:
+        store = _open_store(kv_store, deterministic, cleanup)
+        sharing = Sharing(max_batch, chunk_size, prefix_reuse, kv_tokens, swap, store)
+        checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
+        backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
+        try:
+            engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
+        except (CapacityError, BackendError) as error:
+            if device != "auto" or backend.name == "cpu":
+                raise
+            log.warning("using the CPU: %s", error)
+            backend = open_backend("cpu", threads=threads, progress=progress)
+            engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
+        cleanup.pop_all()
+    return LLM(checkpoint, backend, engine, time.perf_counter() - start, store if store is not kv_store else None)
+
+
+def _open_store(given: str | KvStore | None, deterministic: bool, cleanup: ExitStack) -> KvStore | None:
+    """The store that is given or described; one that is opened here is closed when the load fails."""
+    if not isinstance(given, str):
+        return given
+    from .kv.store import open_store
+
+    store = open_store(given, deterministic=deterministic)
+    cleanup.callback(store.close)
+    return store
 
 
 def _place(
@@ -384,6 +443,7 @@ def _place(
     deterministic: bool = False,
 ) -> Engine:
     """Weights and KV cache on a device, which is closed when that fails."""
+    from .engine.sharing.root import kv_root
     from .models.decoder import model_weights
     from .models.identity import weights_digest
     from .quant.repack import repacked_dtype
@@ -405,10 +465,21 @@ def _place(
         root_key = repr((weights_digest(checkpoint), dtype, kv_dtype, context, backend.name)).encode()
         on_cpu = backend.name == "cpu"
         config = sharing.engine_config(on_cpu=on_cpu, chunk_invariant=on_cpu or not deterministic)
+        if sharing.kv_store is not None:
+            root = kv_root(checkpoint, backend, kv, dtype=dtype, context=context, deterministic=deterministic)
+            config = replace(config, kv_sharing=KvSharingConfig(sharing.kv_store, root))
         return Engine(backend, weights, kv, context, config, root_key)
     except BaseException:
         backend.close()
         raise
+
+
+def _weight_types(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the weights by the type they are stored in, the most first."""
+    nbytes: dict[str, int] = {}
+    for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
+        nbytes[tensor.dtype.name] = nbytes.get(tensor.dtype.name, 0) + tensor.nbytes
+    return dict(sorted(nbytes.items(), key=lambda kind: -kind[1]))
 
 
 def default_kv_dtype(checkpoint: Checkpoint) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,6 +70,85 @@ class Durations:
 
 
 @dataclass(frozen=True)
+class StoreTier:
+    """What one tier of a KV store has answered with."""
+
+    name: str
+    chunks: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class StoreMetrics:
+    """KV shared through a store. Chunks are what it keeps; prefixes found on the device itself do not count here.
+
+    misses: chunks asked for in vain by reason: "absent"; "gone" (found, but not readable); "wrong" (of something else);
+    "late", "room", "copy", "error" (loads that were given up: it took too long, the device had no room, a copy or the
+    store failed).
+    """
+
+    lookups: int  # requests for which the store was asked
+    tiers: tuple[StoreTier, ...]
+    loaded_tokens: int
+    skipped: int  # chunks there, but quicker to compute
+    misses: dict[str, int]
+    saved_chunks: int
+    saved_bytes: int
+    saved_s: float
+    duplicates: int  # chunks that were there already when they were to be saved
+    not_saved: dict[str, int]  # by reason
+
+    @classmethod
+    def of(cls, counts: Mapping[str, float]) -> StoreMetrics:
+        """From counts by name (engine/kv_threads.py)."""
+
+        def under(prefix: str) -> dict[str, int]:
+            return {name.removeprefix(prefix): int(n) for name, n in sorted(counts.items()) if name.startswith(prefix)}
+
+        names = under("hit chunks ")
+        return cls(
+            lookups=int(counts.get("lookups", 0)),
+            tiers=tuple(
+                StoreTier(name, chunks, int(counts[f"hit bytes {name}"]), counts[f"hit s {name}"])
+                for name, chunks in names.items()
+            ),
+            loaded_tokens=int(counts.get("loaded tokens", 0)),
+            skipped=int(counts.get("skipped", 0)),
+            misses={reason: n for reason, n in under("miss ").items() if n},
+            saved_chunks=int(counts.get("saved chunks", 0)),
+            saved_bytes=int(counts.get("saved bytes", 0)),
+            saved_s=counts.get("saved s", 0.0),
+            duplicates=int(counts.get("duplicates", 0)),
+            not_saved={reason: n for reason, n in under("not saved: ").items() if n},
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the chunks asked for that the store had."""
+        hits = sum(tier.chunks for tier in self.tiers) + self.skipped
+        asked = hits + sum(self.misses.get(reason, 0) for reason in ("absent", "gone", "wrong"))
+        return hits / asked if asked else 0.0
+
+    def __str__(self) -> str:
+        hits = [f"{t.name} {t.chunks} ({t.nbytes / 1e6:.1f} MB at {t.gb_per_s:.2f} GB/s)" for t in self.tiers]
+        listed = [", ".join(f"{why} {n}" for why, n in counts.items()) for counts in (self.misses, self.not_saved)]
+        rate = self.saved_bytes / self.saved_s / 1e9 if self.saved_s else 0.0
+        return "\n".join(
+            (
+                f"KV store  {self.lookups} requests asked, {self.loaded_tokens} tokens loaded; "
+                f"hits: {', '.join(hits) or 'none'}; {self.skipped} not worth loading; misses: {listed[0] or 'none'}",
+                f"KV saved  {self.saved_chunks} chunks ({self.saved_bytes / 1e6:.1f} MB at {rate:.2f} GB/s), "
+                f"{self.duplicates} were there; not saved: {listed[1] or 'none'}",
+            )
+        )
+
+
+@dataclass(frozen=True)
 class Metrics:
     """The engine at one moment, and its counts since it began."""
 
@@ -91,6 +170,7 @@ class Metrics:
     copy_failures: int
     time_to_first_token: Durations
     inter_token_latency: Durations
+    store: StoreMetrics | None = None  # without a KV store
 
     @property
     def page_use(self) -> float:
@@ -119,6 +199,7 @@ class Metrics:
                 f"{self.copy_failures} copies failed",
                 f"first token  {self.time_to_first_token}",
                 f"next tokens  {self.inter_token_latency}",
+                *((str(self.store),) if self.store is not None else ()),
             )
         )
 
@@ -135,7 +216,7 @@ class Recorder:
     cached_tokens: int = 0
     output_tokens: int = 0
 
-    def metrics(self, **gauges: int) -> Metrics:
+    def metrics(self, store: StoreMetrics | None = None, **gauges: int) -> Metrics:
         """These counts with what `gauges` say of the moment, by the fields of Metrics."""
         return Metrics(
             requests=dict(self.requests),
@@ -145,6 +226,7 @@ class Recorder:
             output_tokens=self.output_tokens,
             time_to_first_token=self.time_to_first_token.summary(),
             inter_token_latency=self.inter_token_latency.summary(),
+            store=store,
             **gauges,
         )
 

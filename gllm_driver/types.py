@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -253,7 +253,27 @@ class LogitsTensor:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that crossed the bus between host and device so far. The CPU backend has no bus: both stay 0."""
+    """Bytes that crossed the bus between host and device so far. The CPU backend has no bus: the first two stay 0.
+
+    kv_out and kv_in: of KV pages that were copied to host memory and back, and the seconds those copies took, as far
+    as they are done.
+    """
 
     h2d_bytes: int = 0
     d2h_bytes: int = 0
+    kv_out_bytes: int = 0
+    kv_out_s: float = 0.0
+    kv_in_bytes: int = 0
+    kv_in_s: float = 0.0
+
+    @property
+    def kv_out_gb_per_s(self) -> float:
+        return self.kv_out_bytes / self.kv_out_s / 1e9 if self.kv_out_s else 0.0
+
+    @property
+    def kv_in_gb_per_s(self) -> float:
+        return self.kv_in_bytes / self.kv_in_s / 1e9 if self.kv_in_s else 0.0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """What came since `earlier`."""
+        return Traffic(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))

@@ -1,6 +1,6 @@
 // embedding - out[t] = weight[ids[t]], dequantized. A block takes 2048 columns of one row, eight to a thread.
 #include "common/packed.cuh"
-#include "common/quant.cuh"
+#include "common/vec.cuh"
 #include "generated/embedding_args.h"
 
 constexpr int kEmbeddingThreads = 256;
@@ -9,21 +9,21 @@ template <class D>
 __device__ __forceinline__ void embedding(const EmbeddingArgs &a) {
   overlap_launches();
   const int64_t t = blockIdx.x;
-  const auto *row = byte_offset(a.weight, a.ids[t] * row_nbytes<D>(a.D));
+  const auto *row = static_cast<const typename D::Element *>(a.weight) + a.ids[t] * a.D;
   float *out = a.out + t * a.D;
   const int k = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8;
   if (k >= a.D) return;
-  if (k + 8 > a.D) {  // the ragged end; block formats have none
-    if constexpr (!kIsQuantized<D>) {
-      for (int i = k; i < a.D; i++) out[i] = load_one<D>(row, i);
-    }
+  if (k + 8 > a.D) {  // the ragged end
+#pragma unroll 1
+    for (int i = k; i < a.D; i++) out[i] = to_f32(row[i]);
     return;
   }
   float v[8];
   if (is_aligned(row, 16)) {
-    dequantize8<D, true>(row, k, v);
+    load8_aligned(row + k, v);
   } else {
-    dequantize8<D, false>(row, k, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = to_f32(row[k + i]);
   }
   if (is_aligned(out, 16)) {
     store_f32x4(out + k, make_float4(v[0], v[1], v[2], v[3]));

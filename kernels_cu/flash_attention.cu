@@ -1,16 +1,9 @@
 // flash_attention - prefill: packed chunks of queries over the paged cache. Grid.x is (bound on row tiles) * KV heads, KV
-// head innermost. Sequences with a single query are left to the split kernels, launched beside: a query that is decoded in
-// a mixed step gets the bits, and the parallelism, it gets from paged_attention.
+// head innermost. Sequences with a single query are left to the split kernels of paged_attention, launched beside: a query
+// that is decoded in a mixed step gets the same bits, and parallelism, as in a step of its own.
 #include "generated/flash_attention_args.h"
 #include "common/attention_rows.cuh"
-#include "common/attention_split.cuh"
 #include "common/attention_tile.cuh"
-
-// The token of a sequence that has one, else -1.
-__device__ __forceinline__ int64_t only_query(const FlashAttentionArgs &a, int sequence) {
-  const int begin = a.offsets[sequence];
-  return a.offsets[sequence + 1] - begin == 1 ? begin : -1;
-}
 
 template <class H, int D, class Shape>
 __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
@@ -21,7 +14,7 @@ __device__ __forceinline__ void flash_attention(const FlashAttentionArgs &a) {
   SHARED(float, slopes, Shape::kRows);
   H *const queries = reinterpret_cast<H *>(shared);                // [kRows]
   H *const ring = queries + Shape::kRows * Tile::kStride;          // [kStages][keys, values][kKeys]
-  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, heads = heads_per_kv(a);
+  const int tid = threadIdx.x, warp = warp_index(), lane = tid % 32, heads = heads_per_kv(a);
   const int kv_head = blockIdx.x % a.HK;
   const RowTile tile = find_tile(a.offsets, a.S, heads, Shape::kRows, blockIdx.x / a.HK);
   if (tile.sequence < 0) return;
@@ -175,7 +168,7 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
       end = middle;
     }
   }
-  if (only_query(a, sequence) >= 0) return;
+  if (only_query(a.offsets, sequence) >= 0) return;
   const int position = static_cast<int>(a.positions[token]);
   const HeadGroup group(a, blockIdx.y);
   const WarpParts<kRowsWarps> parts(shared);
@@ -189,19 +182,10 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
       flash_attention__##dtype##_d##name(const __grid_constant__ FlashAttentionArgs a) {                   \
     flash_attention<H, D, FlashShape<D, blocks, warps, keys>>(a);                                          \
   }
-#define SPLIT(dtype, H, D)                                                                                 \
-  extern "C" __global__ void __launch_bounds__(SplitShape<D>::kThreads)                                    \
-      flash_attention__split_##dtype##_d##D(const __grid_constant__ FlashAttentionArgs a, void *scratch, unsigned *counters) { \
-    split_attention<H, D>(a, scratch, counters);                                                                     \
-  }
 #define ROWS(max_dim)                                                                                      \
   extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
       flash_attention__rows_d##max_dim(const __grid_constant__ FlashAttentionArgs a) {                     \
     flash_rows<max_dim / 32>(a);                                                                           \
-  }                                                                                                        \
-  extern "C" __global__ void __launch_bounds__(kRowsThreads, 1)                                            \
-      flash_attention__rows_split_d##max_dim(const __grid_constant__ FlashAttentionArgs a, void *scratch, unsigned *counters) { \
-    split_rows<max_dim / 32>(a, scratch, counters);                                                                  \
   }
 #define TENSOR_CORES(dtype, H)          \
   FLASH(dtype, H, 64, 64, 2, 4, 32)     \
@@ -209,14 +193,11 @@ __device__ __forceinline__ void flash_rows(const FlashAttentionArgs &a) {
   FLASH(dtype, H, 96, 96, 2, 4, 32)     \
   FLASH(dtype, H, 128, 128, 2, 4, 32)   \
   FLASH(dtype, H, 256, 256, 1, 8, 32)   \
-  FLASH(dtype, H, 256, 256_m64, 1, 4, 16) \
-  SPLIT(dtype, H, 64)                   \
-  SPLIT(dtype, H, 80)                   \
-  SPLIT(dtype, H, 96)                   \
-  SPLIT(dtype, H, 128)                  \
-  SPLIT(dtype, H, 256)
+  FLASH(dtype, H, 256, 256_m64, 1, 4, 16)
 
+#if TENSOR_CORE_KERNELS
 TENSOR_CORES(f16, __half)
 TENSOR_CORES(bf16, bf16)
+#endif
 ROWS(128)
 ROWS(256)

@@ -54,6 +54,8 @@ struct GateUp {
     return {index % 2 == 0 ? a.gate : a.up, index / 2 * kTileRows, 1, a.F, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.up_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const {
     if (!is_gated()) return {a.up, a.up_dtype, index * kTileRows, 1, a.F};
     return {index % 2 == 0 ? a.gate : a.up, a.up_dtype, index / 2 * kTileRows, 1, a.F};  // both are of one type
@@ -84,19 +86,24 @@ struct GateUp {
   }
 
   __device__ __forceinline__ void plain(int f, const float *rows, int first, int tokens) const {
-    float gate[kPlainTokens], up[kPlainTokens];
-    plain_row(a.up, a.up_dtype, f, rows, tokens, K, up);
-    if (is_gated()) plain_row(a.gate, a.gate_dtype, f, rows, tokens, K, gate);
+    float value[kPlainTokens], up[kPlainTokens];
+#pragma unroll 1  // up, then gate: the code exists once
+    for (int side = 0; side <= is_gated(); side++) {
+      plain_row(side == 0 ? a.up : a.gate, side == 0 ? a.up_dtype : a.gate_dtype, f, rows, tokens, K, value);
 #pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) put(first + t, f, is_gated() ? gate[t] : up[t], up[t]);
+      for (int t = 0; t < kPlainTokens; t++) {
+        if (side == 0) up[t] = value[t];
+      }
     }
+    const int t = threadIdx.x % 32;
+    if (t < tokens) put(first + t, f, lane_sum(value), lane_sum(up));
   }
 };
 
 #define KERNEL(bounds, name, ...) \
   extern "C" __global__ void __launch_bounds__ bounds fused_gate_up_silu__##name(const __grid_constant__ FusedGateUpSiluArgs a, ##__VA_ARGS__)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(GateUp(a)); }
 GEMV_VARIANTS(GEMV)
@@ -109,12 +116,11 @@ DOT_VARIANTS(DOT)
   KERNEL((kRowThreads), rows_##name, void *scratch) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, scratch); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 
 #define MMA(name, Type, tokens, rows, ...)                                              \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
     overlap_launches();                                                                                           \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(GateUp(a), PreparedRows(scratch, a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 
@@ -133,5 +139,7 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(GateUp(a), scratch);                               \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
+KERNEL((kRowThreads), rows_f32, void *scratch) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(scratch)); }
 KERNEL((kPlainThreads), plain, void *scratch) { overlap_launches(); plain_gemm(GateUp(a), static_cast<const float *>(scratch), a.F); }

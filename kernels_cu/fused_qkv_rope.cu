@@ -25,10 +25,12 @@ struct Qkv {
   const RowNorm norm;
   float *const raw;   // [T, 2 KD]
   const bool rotates;  // whether the epilogue finishes the job; gllm_driver/launch/fused_qkv_rope.py decides alike
+  const float heads_per_unit;
 
   __device__ __forceinline__ Qkv(const FusedQkvRopeArgs &args, void *scratch)
       : a(args), x(args.x), T(args.T), K(args.D), norm(args), raw(static_cast<float *>(scratch)),
-        rotates(args.q_norm == nullptr && args.R % 8 == 0 && args.Dh % kUnitRows == 0) {}
+        rotates(args.q_norm == nullptr && args.R % 8 == 0 && args.Dh % kUnitRows == 0),
+        heads_per_unit(static_cast<float>(kUnitRows) / static_cast<float>(args.Dh)) {}
 
   __device__ __forceinline__ void *rows_scratch() const {
     return byte_offset(static_cast<void *>(raw), ceil_div(static_cast<int64_t>(T) * a.KD * 8, static_cast<int64_t>(256)) * 256);
@@ -48,16 +50,22 @@ struct Qkv {
   __device__ __forceinline__ int rows_of(int part) const { return part == 0 ? a.QD : a.KD; }
   __device__ __forceinline__ const void *weight_of(int part) const { return part == 0 ? a.wq : part == 1 ? a.wk : a.wv; }
   __device__ __forceinline__ int dtype_of(int part) const { return part == 0 ? a.wq_dtype : part == 1 ? a.wk_dtype : a.wv_dtype; }
+  __device__ __forceinline__ int dtype_of_unit(int unit) const { return dtype_of(part_of(unit)); }
   __device__ __forceinline__ const float *bias_of(int part) const { return part == 0 ? a.bq : part == 1 ? a.bk : a.bv; }
+
+  // The head that a unit of a projection is of, where heads are whole units. Exact for up to 2^20 units: less code, and
+  // sooner done, than a division.
+  __device__ __forceinline__ int head_of(int unit) const { return static_cast<int>((static_cast<float>(unit) + 0.5f) * heads_per_unit); }
+  __device__ __forceinline__ int dim_of(int unit) const { return unit * kUnitRows - head_of(unit) * a.Dh; }
 
   // Which rows of its projection stand in tile 0 or 1 of a unit: first, first + step, ...
   __device__ __forceinline__ int first_row(int part, int unit, int tile) const {
-    const int first = unit * kUnitRows, dim = first % a.Dh;
+    const int first = unit * kUnitRows, dim = dim_of(unit);
     if (!rotated(part, dim)) return first + tile * kTileRows;
     return a.rope_style == 1 ? first + tile : first - dim / 2 + tile * a.R;
   }
   __device__ __forceinline__ int row_step(int part, int unit) const {
-    return a.rope_style == 1 && rotated(part, unit * kUnitRows % a.Dh) ? 2 : 1;
+    return a.rope_style == 1 && rotated(part, dim_of(unit)) ? 2 : 1;
   }
   __device__ __forceinline__ bool rotated(int part, int dim) const { return rotates && part != 2 && dim < 2 * a.R; }
 
@@ -66,7 +74,7 @@ struct Qkv {
   __device__ __forceinline__ WeightTile<D> tile(int index) const {
     int unit = index / 2;
     const int part = part_of(unit), rows = rows_of(part);
-    const bool mine = dtype_of(part) == D::kCode && unit < units(rows);
+    const bool mine = D::holds(dtype_of(part)) && unit < units(rows);
     return {weight_of(part), mine ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows, K};
   }
 
@@ -79,7 +87,7 @@ struct Qkv {
   // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
   __device__ __forceinline__ int64_t slot(int token, int part, int head) const {
     if (part == 0) return static_cast<int64_t>(token) * a.QD + head * a.Dh;
-    const int position = static_cast<int>(a.positions[token]), index = position / a.P, within = position - index * a.P;
+    const int position = static_cast<int>(a.positions[token]), index = static_cast<unsigned>(position) / static_cast<unsigned>(a.P), within = position - index * a.P;
     const int64_t page = a.page_table[static_cast<int64_t>(a.seq[token]) * a.MP + index];
     return ((((page * a.L + a.layer) * 2 + (part - 1)) * a.HK + head) * a.P + within) * a.Dh;
   }
@@ -109,8 +117,8 @@ struct Qkv {
   __device__ __forceinline__ Early early(int token, int unit, int r) const {
     Early found;
     if (!rotates || unit >= num_units()) return found;
-    const int part = part_of(unit), row = unit * kUnitRows, dim = row % a.Dh;
-    found.slot = slot(token, part, row / a.Dh);
+    const int part = part_of(unit), dim = dim_of(unit);
+    found.slot = slot(token, part, head_of(unit));
     if (rotated(part, dim)) {
       const float *cos_sin = a.cos_sin + static_cast<int64_t>(token) * 2 * a.R + dim / 2 + r;
       found.cosine = cos_sin[0], found.sine = cos_sin[a.R], found.turns = true;
@@ -137,7 +145,7 @@ struct Qkv {
     float u = values[0], v = values[1];
     if (bias != nullptr) u += bias[first], v += bias[second];
     if (found.turns) rotate(found.cosine, found.sine, u, v);
-    const int64_t to = found.slot - first / a.Dh * a.Dh;
+    const int64_t to = found.slot - head_of(unit) * a.Dh;
     put(part, to + first, u);
     put(part, to + second, v);
   }
@@ -153,10 +161,8 @@ struct Qkv {
     const int part = n < a.QD ? 0 : n < a.QD + a.KD ? 1 : 2, row = n - (part == 0 ? 0 : a.QD + (part - 1) * a.KD);
     float sum[kPlainTokens];
     plain_row(weight_of(part), dtype_of(part), row, rows, tokens, K, sum);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens && threadIdx.x % 32 == t) raw_row(first + t, part)[row] = sum[t];
-    }
+    const int t = threadIdx.x % 32;
+    if (t < tokens) raw_row(first + t, part)[row] = lane_sum(sum);
   }
 
   // One head of one token: bias, norm, rotation, and to where it belongs. All lanes of a warp.
@@ -190,6 +196,7 @@ struct Qkv {
 #define KERNEL(bounds, name) \
   extern "C" __global__ void __launch_bounds__ bounds fused_qkv_rope__##name(const __grid_constant__ FusedQkvRopeArgs a, void *scratch)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Qkv(a, scratch)); }
 GEMV_VARIANTS(GEMV)
@@ -202,13 +209,12 @@ DOT_VARIANTS(DOT)
   KERNEL((kRowThreads), rows_##name) { overlap_launches(); prepare_row<Half, true>(a.x, RowNorm(a), a.T, a.D, Qkv(a, scratch).rows_scratch()); }
 ROWS(f16, __half)
 ROWS(bf16, bf16)
-KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 
 #define MMA(name, Type, tokens, rows, ...)                                                                       \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows) {               \
     overlap_launches();                                                                                          \
     const Qkv op(a, scratch);                                                                                 \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(op, PreparedRows(op.rows_scratch(), a.T, a.D)); \
   }
 MMA_VARIANTS(MMA)
 
@@ -231,7 +237,9 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(op, op.rows_scratch());              \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
+KERNEL((kRowThreads), rows_f32) { overlap_launches(); normalize_row(a.x, RowNorm(a), a.D, static_cast<float *>(Qkv(a, scratch).rows_scratch())); }
 KERNEL((kPlainThreads), plain) {
   overlap_launches();
   const Qkv op(a, scratch);
@@ -240,6 +248,6 @@ KERNEL((kPlainThreads), plain) {
 
 KERNEL((kPlaceThreads), place) {
   overlap_launches();
-  const int warp = static_cast<int>(blockIdx.x) * (kPlaceThreads / 32) + threadIdx.x / 32, heads = a.QD / a.Dh + 2 * a.HK;
+  const int warp = static_cast<int>(blockIdx.x) * (kPlaceThreads / 32) + warp_index(), heads = a.QD / a.Dh + 2 * a.HK;
   if (warp < a.T * heads) Qkv(a, scratch).place(warp / heads, warp % heads);
 }

@@ -27,6 +27,8 @@ struct Linear {
     return {a.weight, index * kTileRows, 1, a.N, K};
   }
 
+  __device__ __forceinline__ int dtype_of_unit(int) const { return a.weight_dtype; }
+
   __device__ __forceinline__ PackedTile packed(int index) const { return {a.weight, a.weight_dtype, index * kTileRows, 1, a.N}; }
 
   // What is added to a result: read before it is needed.
@@ -54,18 +56,16 @@ struct Linear {
   __device__ __forceinline__ void plain(int n, const float *rows, int first, int tokens) const {
     float sum[kPlainTokens];
     plain_row(a.weight, a.weight_dtype, n, rows, tokens, K, sum);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t >= tokens || threadIdx.x % 32 != t) continue;
-      const float value[1] = {sum[t]};
-      store<F32>(first + t, n / kTileRows, n % kTileRows, value);
-    }
+    const int t = threadIdx.x % 32;
+    const float value[1] = {lane_sum(sum)};
+    if (t < tokens) store<F32>(first + t, n / kTileRows, n % kTileRows, value);
   }
 };
 
 #define KERNEL(bounds, name, ...) \
   extern "C" __global__ void __launch_bounds__ bounds linear__##name(const __grid_constant__ LinearArgs a, ##__VA_ARGS__)
 
+#if TENSOR_CORE_KERNELS
 #define GEMV(name, Type, planes, tiles) \
   KERNEL((kGemvThreads, kGemvBlocks), gemv_##name##_p##planes##_m##tiles) { overlap_launches(); gemv<Type, planes, tiles>(Linear(a)); }
 GEMV_VARIANTS(GEMV)
@@ -80,9 +80,9 @@ ROWS(f16, __half)
 ROWS(bf16, bf16)
 
 #define MMA(name, Type, tokens, rows, ...)                                                                        \
-  KERNEL((GemmShape<Type, tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
+  KERNEL((GemmShape<tokens, rows, __VA_ARGS__>::kThreads), mma_##name##_##tokens##x##rows, void *scratch) { \
     overlap_launches();                                                                                           \
-    mma_gemm<Type, GemmShape<Type, tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
+    mma_gemm<Type, GemmShape<tokens, rows, __VA_ARGS__>>(Linear(a), PreparedRows(scratch, a.T, a.K));          \
   }
 MMA_VARIANTS(MMA)
 
@@ -101,5 +101,6 @@ QUANT_VARIANTS(QUANT_GEMV)
     quant_mma<bits, QuantShape<tokens, rows, __VA_ARGS__>>(Linear(a), scratch);                               \
   }
 QUANT_MMA_VARIANTS(QUANT_MMA)
+#endif
 
-KERNEL((kPlainThreads), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }
+KERNEL((kPlainThreads, 2), plain) { overlap_launches(); plain_gemm(Linear(a), a.x, a.N); }

@@ -74,6 +74,9 @@ class FakeBackend:
         assert len(pages) == len(slots)
         self.pages[list(pages)] = self.slots[list(slots)]
 
+    def page_stage(self, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> FakeStage:
+        return FakeStage(self, num_pages, num_buffers)
+
     def _compute(self, tokens: Sequence[int], position: int, pages: Sequence[int]) -> int:
         """Write the KV of some tokens; a hash of all KV up to the last of them."""
         page_size = self.pages.shape[1]
@@ -123,6 +126,52 @@ class FakeBackend:
 
     def close(self) -> None:
         pass
+
+
+class FakeBuffer:
+    def __init__(self, stage: FakeStage, own: np.ndarray) -> None:
+        self._stage, self._own, self.data = stage, own, own
+
+    def wait(self) -> None:
+        self._stage.backend._enter("wait")
+
+    def __del__(self) -> None:
+        self._stage.free.append(self._own)
+
+
+class FakeStage:
+    """Host buffers for pages; what is taken from them is scribbled over first."""
+
+    def __init__(self, backend: FakeBackend, num_pages: int, num_buffers: int) -> None:
+        self.backend = backend
+        nbytes = backend.pages.shape[1] * 8
+        self.free = list(np.zeros((num_buffers, num_pages, nbytes), np.uint8))
+
+    def take(self) -> FakeBuffer | None:
+        if not self.free:
+            return None
+        own = self.free.pop()
+        own[:] = 0xAB
+        return FakeBuffer(self, own)
+
+    def hold(self, rows: np.ndarray) -> FakeBuffer | None:
+        buffer = self.take()
+        if buffer is not None:
+            buffer.data[: len(rows)] = rows
+        return buffer
+
+    def to_host(self, pages: Sequence[int], buffer: FakeBuffer) -> None:
+        self.backend._enter("to_host")
+        buffer.data[: len(pages)] = self.backend.pages[list(pages)].view(np.uint8)
+
+    def to_device(self, buffer: FakeBuffer, pages: Sequence[int], first: int = 0) -> None:
+        self.backend._enter("to_device")
+        rows = np.ascontiguousarray(buffer.data[first : first + len(pages)])
+        assert len(rows) == len(pages)
+        self.backend.pages[list(pages)] = rows.view(np.uint64)
+
+    def close(self) -> None:
+        self.free.clear()
 
 
 class FakeLoop:

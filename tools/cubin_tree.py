@@ -18,7 +18,7 @@ from .nvcc import BuildError
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("-std=c++17", "-O3")
-HOST_ONLY = {"hostsim.h"}  # the simulated device's half of common/dev.cuh; nvcc never sees it
+HOST_ONLY = {"hostsim.h", "hostsim_hopper.h"}  # the simulated device's half of wrappers; nvcc never sees them
 MANIFEST_FORMAT = 1
 
 Manifest = dict[str, Any]
@@ -72,11 +72,20 @@ class Tree:
         """Ops that have a kernel file."""
         return sorted(path.stem for path in self.kernels.glob("*.cu"))
 
-    def closure(self, op: str) -> dict[str, str]:
-        """Text of an op's source and everything it includes, by path below kernels_cu."""
+    def special_sources(self, arch: str) -> list[str]:
+        """Ops that have a kernel file for one architecture alone, besides their own: kernels that only it can run."""
+        return sorted(path.stem for path in self.kernels.glob(f"sm_{arch}/*.cu"))
+
+    def source(self, target: Target) -> str:
+        """The file a binary is compiled from, below kernels_cu."""
+        is_special = target.op in self.special_sources(target.arch)
+        return f"sm_{target.arch}/{target.op}.cu" if is_special else f"{target.op}.cu"
+
+    def closure(self, source: str) -> dict[str, str]:
+        """Text of a source file and everything it includes, by path below kernels_cu."""
         generated = {f"generated/{name}": text for name, text in headers().items()}
         texts: dict[str, str] = {}
-        waiting = [f"{op}.cu"]
+        waiting = [source]
         while waiting:
             name = waiting.pop()
             if name in texts:
@@ -85,7 +94,7 @@ class Tree:
             if text is None:
                 path = self.kernels / name
                 if not path.is_file():
-                    raise BuildError(f"{op}.cu includes {name}, which does not exist in {self.kernels}")
+                    raise BuildError(f"{source} includes {name}, which does not exist in {self.kernels}")
                 text = path.read_text()
             texts[name] = text
             included = re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE)
@@ -95,7 +104,7 @@ class Tree:
 
     def source_hash(self, target: Target, nvcc_version: str) -> str:
         """Changes whenever the binary may: sources, includes, generated headers, flags, architecture, compiler."""
-        texts = sorted(self.closure(target.op).items())
+        texts = sorted(self.closure(self.source(target)).items())
         inputs = json.dumps([texts, FLAGS, target.arch, nvcc_version])
         return hashlib.sha256(inputs.encode()).hexdigest()
 

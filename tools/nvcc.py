@@ -36,6 +36,10 @@ class Nvcc:
                 "and those from 90 with an a behind"
             )
 
+    def compile(self, source: Path, arch: str, flags: list[str], out: Path, cwd: Path) -> tuple[str, str]:
+        """`compile_cubin` by this one."""
+        return compile_cubin(self, source, arch, flags, out, cwd)
+
 
 def candidates() -> list[tuple[str, Path]]:
     """Every place an nvcc may be, with the words for it: PATH, CUDA_HOME, the wheels of the cuda-build extra."""
@@ -123,6 +127,12 @@ def _is_figure(line: str) -> bool:
 
 def warnings_in(said: str) -> list[str]:
     return [line for line in said.splitlines() if "warning" in line.lower()]
+
+
+def losses_in(said: str) -> list[str]:
+    """Complaints of ptxas that mean a much slower kernel of warpgroups: products one by one, registers kept."""
+    signs = ("Potential Performance Loss", "setmaxnreg ignored")
+    return [line for line in said.splitlines() if any(sign in line for sign in signs)]
 
 
 _FUNCTION = re.compile(r"Compiling entry function '(?P<name>\w+)'")

@@ -86,6 +86,38 @@ class KvCacheHandle:
     host_slots: Any = field(repr=False, default=None)  # the backend's, made by alloc_swap_space
 
 
+class StageBuffer(Protocol):
+    """Host memory for some pages. It is free for others again when nobody refers to it."""
+
+    data: np.ndarray  # u8 [num_pages, page_nbytes]
+
+    def wait(self) -> None:
+        """Return when the copy that was issued last is done. Any thread may call this. Raises BackendError."""
+
+
+class PageStage(Protocol):
+    """Host memory that pages pass through, beside the steps: on their way to a store, or back from one.
+
+    Copies are issued by the thread that runs the steps and stand in order with these; nobody waits for them but who
+    calls `StageBuffer.wait`, and steps that need what they bring. A copy that cannot be issued raises BackendError.
+    """
+
+    def take(self) -> StageBuffer | None:
+        """A buffer for `to_host`, None when all are in use. Any thread may call this."""
+
+    def hold(self, rows: np.ndarray) -> StageBuffer | None:
+        """A buffer with these pages in it, u8 [num_pages, page_nbytes]; None when all are in use. Any thread."""
+
+    def to_host(self, pages: Sequence[int], buffer: StageBuffer) -> None:
+        """Copy pages to the first rows of a buffer. The pages may be given to others at once."""
+
+    def to_device(self, buffer: StageBuffer, pages: Sequence[int], first: int = 0) -> None:
+        """Copy rows `first` … of a buffer to pages, none of which comes twice."""
+
+    def close(self) -> None:
+        """Give the memory back, once copies are done; buffers must not be used any more."""
+
+
 @dataclass(frozen=True)
 class DecodeRow:
     """A sequence to be continued by a decode loop."""
@@ -128,6 +160,10 @@ class Backend(Protocol):
     name: str
     maps_weights: bool  # weights stay where their file is mapped: they take none of the device's memory
     weight_dtypes: tuple[str, ...]  # stored types its ops compute; matrices of others are repacked by upload_weights
+
+    @property
+    def numerics(self) -> str:
+        """Names whatever decides the last bits of its results: kernels, architecture."""
 
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
@@ -212,8 +248,11 @@ class Backend(Protocol):
     def copy_pages_from_host(self, kv: KvCacheHandle, pages: Sequence[int], data: np.ndarray) -> None:
         """Overwrite pages with such bytes."""
 
+    def page_stage(self, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> PageStage:
+        """Buffers of `num_pages` pages of this cache. Raises CapacityError when the host has no room for them."""
+
     def traffic(self) -> Traffic:
-        """Bytes that crossed the bus so far."""
+        """Bytes that crossed the bus so far, and how fast KV pages moved."""
 
     def close(self) -> None:
         """Give everything back. The backend is unusable afterwards."""

@@ -8,10 +8,14 @@ from collections.abc import Sequence
 import click
 
 from .. import __version__
+from .compare import compare
 from .console import Console
 from .generate import generate
 from .info import info
+from .kv import kv
 from .outcome import EXIT_CODES, catch_signals, report
+from .perplexity import perplexity
+from .quantize import quantize
 
 
 @click.group(
@@ -29,6 +33,10 @@ def gllm(context: click.Context) -> None:
 
 gllm.add_command(generate)
 gllm.add_command(info)
+gllm.add_command(perplexity)
+gllm.add_command(compare)
+gllm.add_command(quantize)
+gllm.add_command(kv)
 
 
 def run(args: Sequence[str]) -> int:

@@ -16,6 +16,8 @@ from .outcome import OutputError
 _STAGES = {
     "download": ("downloading", "B", 0.0),
     "load": ("loading weights", "B", 0.3),
+    "read": ("reading", "window", 0.3),
+    "quantize": ("quantizing", "weight", 0.3),
     "compile": ("compiling kernels, once for this machine", "kernel", 0.0),
 }
 
@@ -70,8 +72,8 @@ class Console:
             sys.stderr.write(text)
             sys.stderr.flush()
 
-    def progress(self, stage: str, done: int, total: int) -> None:
-        """Show how far a stage is; `done == total` ends it. Short stages show nothing."""
+    def progress(self, stage: str, done: int, total: int, detail: str = "") -> None:
+        """Show how far a stage is, and `detail` behind it; `done == total` ends it. Short stages show nothing."""
         if self._printing or not self.interactive:
             return
         now = time.monotonic()
@@ -90,6 +92,7 @@ class Console:
                 total=total, desc=label, unit=unit, unit_scale=scale, unit_divisor=1024, leave=False, file=sys.stderr
             )
         if self._bar is not None:
+            self._bar.set_postfix_str(detail, refresh=False)
             self._bar.update(max(0, done - self._bar.n))
 
     def _end_bar(self) -> None:

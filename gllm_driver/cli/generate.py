@@ -70,6 +70,12 @@ _SAMPLING = (
 @click.option(
     "--deterministic", is_flag=True, help="The same bits whatever shares a step on the GPU; the CPU always does that."
 )
+@click.option(
+    "--kv-store",
+    type=TextType(),
+    metavar="SPEC",
+    help="Keep KV of prompts for later runs: memory:2GiB,disk:/path?cap=20GiB,redis://host:6379/0 or some of these.",
+)
 @click.option("--chat", is_flag=True, help="PROMPT is a user's message; apply the model's chat template.")
 @click.option("--system", type=TextType(), help="With --chat: the system message.")
 @click.option("--tokens", type=TokensType(), help="Token ids instead of PROMPT.")
@@ -90,6 +96,7 @@ def generate(
     threads: int | None,
     context: int | None,
     deterministic: bool,
+    kv_store: str | None,
     chat: bool,
     system: str | None,
     tokens: tuple[int, ...] | None,
@@ -129,13 +136,14 @@ def generate(
         threads=threads,
         context_length=context,
         deterministic=deterministic,
+        kv_store=kv_store,
         progress=console.progress,
     ) as llm:
         start = _chat(llm, str(text_or_ids), system) if chat else text_or_ids
         stream = llm.stream(start, max_tokens=max_tokens, stop=stop, ignore_eos=ignore_eos, **options)
         result, interrupt = _print(stream, console, as_json=as_json)
-        if verbose:
-            console.write(f"{llm.metrics}\n")
+    if verbose:
+        console.write(f"{llm.metrics}\n")
     if interrupt is not None:
         console.warn(f"interrupted: {_summary(result)}")
         click.get_current_context().exit(interrupted_code(interrupt))

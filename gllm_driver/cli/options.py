@@ -91,9 +91,10 @@ def read_prompt(words: tuple[str, ...]) -> str:
         raise click.UsageError("Missing PROMPT (text, - for standard input, @FILE) or --tokens.")
     word = words[0] if words else "-"
     if word == "-":
-        text = _decoded(_standard_input(), "standard input")
+        text = _decoded(_standard_input(), "the prompt in standard input")
     elif word.startswith("@") and not word.startswith("@@"):
-        text = _decoded(_file(Path(word[1:])), word[1:])
+        hint = " (a prompt that begins with @ is written @@)"
+        text = _decoded(_file(Path(word[1:]), "the prompt file", hint), f"the prompt in {word[1:]}")
     else:
         text = word.removeprefix("@")
         if not _is_unicode(text):
@@ -105,28 +106,37 @@ def read_prompt(words: tuple[str, ...]) -> str:
 
 def _standard_input() -> bytes:
     if sys.stdin is None or sys.stdin.closed:
-        raise RequestError("standard input is closed: give the prompt as text or @FILE")
+        raise RequestError("standard input is closed: give the text as an argument or in a file")
     try:
         return sys.stdin.buffer.read()
     except OSError as error:
         raise RequestError(f"cannot read standard input: {error.strerror or error}") from error
 
 
-def _file(path: Path) -> bytes:
+def read_text(word: str) -> str:
+    """The text of a FILE argument: a path, which an @ may precede, or `-` for standard input.
+
+    One line end at its end is dropped, as by `read_prompt`. Raises RequestError when it cannot be read.
+    """
+    if word == "-":
+        return _decoded(_standard_input(), "the text in standard input")
+    path = word.removeprefix("@")
+    return _decoded(_file(Path(path), "the file", ""), f"the text in {path}")
+
+
+def _file(path: Path, what: str, hint: str) -> bytes:
     try:
         return path.read_bytes()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise RequestError(
-            f"cannot read the prompt file {str(path)!r}: {reason} (a prompt that begins with @ is written @@)"
-        ) from error
+        raise RequestError(f"cannot read {what} {str(path)!r}: {reason}{hint}") from error
 
 
 def _decoded(data: bytes, source: str) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"the prompt in {source} is not valid UTF-8 (at byte {error.start})") from error
+        raise RequestError(f"{source} is not valid UTF-8 (at byte {error.start})") from error
     return text[:-2] if text.endswith("\r\n") else text.removesuffix("\n")
 
 

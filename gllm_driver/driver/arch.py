@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from ..errors import CubinError
 
+# Architectures whose binaries have run on a device, not only on the simulated one.
+RUN_ON_HARDWARE = frozenset({"90", "90a"})
+
 # Systems on a chip, whose binaries and the desktop parts' do not run on each other: minor revisions of their own.
 _ON_CHIP = frozenset({(5, 3), (6, 2), (7, 2), (8, 7), (8, 8)})
 

@@ -25,9 +25,10 @@ _FATBIN_MAGICS = (b"\x50\xed\x55\xba", b"\xb1\x43\x62\x46")
 class CubinEntry:
     """One binary: an op for an architecture."""
 
-    file: str  # below the folder
+    file: str  # below the folder; one built for an earlier architecture where the code is the same
     op: str
     arch: str
+    built_for: str  # the architecture its file names
     abi_hash: str
     sha256: str
     kernels: tuple[str, ...]
@@ -59,7 +60,7 @@ class Manifest:
             data = path.read_bytes()
         except OSError as error:
             raise CubinError(f"{path}: {error.strerror}; reinstall the package") from error
-        check_cubin(data, entry.arch, str(path))
+        check_cubin(data, entry.built_for, str(path))
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise CubinError(f"{path}: not the file the manifest describes; reinstall the package")
         return data
@@ -78,8 +79,10 @@ def read_manifest(folder: Path = FOLDER) -> Manifest:
         raise CubinError(f"{path}: format {raw.get('format') if isinstance(raw, dict) else raw!r}, expected {FORMAT}")
     entries = {}
     try:
-        for file, e in raw["files"].items():
-            entry = CubinEntry(file, e["op"], e["arch"], e["abi_hash"], e["sha256"], tuple(e["kernels"]))
+        for name, e in raw["files"].items():
+            file = e.get("same_as", name)
+            built_for = raw["files"][file]["arch"]
+            entry = CubinEntry(file, e["op"], e["arch"], built_for, e["abi_hash"], e["sha256"], tuple(e["kernels"]))
             entries[entry.op, entry.arch] = entry
     except (KeyError, TypeError, AttributeError) as error:
         raise CubinError(f"{path} is damaged: {error!r}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,39 +71,55 @@ class KernelLibrary:
         self.archs = choose_archs(self.manifest.archs, device.cc)
         if not self.archs:
             raise self._no_image("any op", self.manifest.archs)
-        self._modules: dict[str, Module] = {}
+        self._modules: dict[str, Module] = {}  # by file
+
+    @property
+    def digest(self) -> str:
+        """Names the binaries for this device: equal where they are the same, whatever the folder."""
+        files = sorted((e.op, e.sha256) for e in self._used())
+        return hashlib.sha256(repr(files).encode()).hexdigest()[:24]
 
     def function(self, symbol: str) -> Function:
-        """The kernel `<op>__<variant>`. Raises CubinError, NoKernelImage."""
-        return self.module(symbol.partition("__")[0]).function(symbol)
+        """The kernel `<op>__<variant>`, from the best binary that has it. Raises CubinError, NoKernelImage."""
+        entries = self.entries(symbol.partition("__")[0])
+        holding = [entry for entry in entries if symbol in entry.kernels]
+        return self.module((holding or entries)[0]).function(symbol)
 
-    def module(self, op: str) -> Module:
-        """The module of an op, the best one for this device."""
-        if op not in self._modules:
-            entry = self.entry(op)
+    def module(self, entry: CubinEntry) -> Module:
+        """The module of a binary, loaded at its first use."""
+        if entry.file not in self._modules:
+            op = entry.op
             contract = CONTRACTS.get(op)
             if contract is not None and contract.abi_hash != entry.abi_hash:
                 raise CubinError(
                     f"{entry.file}: built for other arguments of {op} (ABI {entry.abi_hash}, this version has "
                     f"{contract.abi_hash}); run build_cubins.py, or reinstall the package"
                 )
-            self._modules[op] = Module(self.device, self.manifest.read(entry), entry.file, entry.arch)
-        return self._modules[op]
+            self._modules[entry.file] = Module(self.device, self.manifest.read(entry), entry.file, entry.built_for)
+        return self._modules[entry.file]
 
-    def entry(self, op: str) -> CubinEntry:
-        """The binary of an op that runs best on this device."""
+    def entries(self, op: str) -> list[CubinEntry]:
+        """The binaries of an op that run on this device, the best first: the one made for exactly this device may hold
+        only kernels that no other can.
+        """
         archs = self.manifest.archs_of(op)
         if not archs:
             raise CubinError(f"no kernels for op {op} in {self.manifest.folder}")
         chosen = choose_archs(archs, self.device.cc)
         if not chosen:
             raise self._no_image(op, archs)
-        return self.manifest.entries[op, chosen[0]]
+        return [self.manifest.entries[op, arch] for arch in chosen]
 
     def load_all(self) -> None:
-        """Load every op's module now."""
-        for op in dict.fromkeys(op for op, _ in self.manifest.entries):
-            self.module(op)
+        """Load every op's modules now."""
+        for entry in self._used():
+            self.module(entry)
+
+    def _used(self) -> list[CubinEntry]:
+        """The best whole set for this device, and what adds to it."""
+        ops = dict.fromkeys(op for op, _ in self.manifest.entries)
+        fitting = [entry for op in ops for entry in self.entries(op)]
+        return [e for e in fitting if e.arch == self.archs[0] or e.arch not in self.archs]
 
     def _no_image(self, what: str, archs: list[str] | tuple[str, ...]) -> NoKernelImage:
         there_are = ", ".join(f"sm_{a}" for a in archs) or "none"

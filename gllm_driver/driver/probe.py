@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import BackendError
-from .arch import choose_archs
+from .arch import RUN_ON_HARDWARE, choose_archs
 from .manifest import read_manifest
 
 NO_DRIVER = "no NVIDIA driver: libcuda.so.1 was not found or cannot be loaded"
@@ -81,6 +81,7 @@ def _supported(archs: Sequence[str], cc: tuple[int, int]) -> str:
     chosen = choose_archs(archs, cc)
     capability = f"compute capability {cc[0]}.{cc[1]}"
     if chosen:
-        return f"{capability}, kernels of sm_{chosen[0]}"
+        untried = "" if chosen[0] in RUN_ON_HARDWARE else ", which have never run on hardware"
+        return f"{capability}, kernels of sm_{chosen[0]}{untried}"
     there_are = ", ".join(f"sm_{a}" for a in archs) or "none at all"
     return f"no kernels for {capability}; there are {there_are}"

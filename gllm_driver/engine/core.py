@@ -18,12 +18,16 @@ from ..metrics import Metrics, Recorder
 from ..sched.plan import Piece, SchedulerConfig
 from ..sched.request import RunningSequence
 from ..sched.scheduler import Counters, Scheduler
-from ..types import SequenceInput
+from ..types import BatchInput, SequenceInput
 from .mailbox import Deadlines, Mailbox
 from .runner import Result, Runner
+from .sharing import KvSharing, KvSharingConfig
 from .swap import Swapper
 
-LOGITS_CHUNK = 256  # tokens of one step of `logits`
+LOGITS_CHUNK = 256  # tokens of one step whose logits are all read
+
+LogitsVisitor = Callable[[int, int, np.ndarray], None]
+"""Told of logits: (index of the sequence, position of the first row, f32 [n, vocab])."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     swap: SwapConfig = field(default_factory=SwapConfig)
     prefix_reuse: bool = True
+    kv_sharing: KvSharingConfig | None = None  # a store beyond this engine's life; it needs prefix_reuse
 
 
 class _Doubt(enum.IntEnum):
@@ -62,6 +67,9 @@ class Core:
         self._counters = Counters()
 
         self.mailbox = Mailbox()
+        self.sharing: KvSharing | None = None
+        if config.kv_sharing is not None:
+            self.sharing = KvSharing(backend, weights, kv, config.kv_sharing, self.mailbox.knock)
         self._deadlines = Deadlines()
         self._doubt = _Doubt.NONE
         self._ended: list[RunningSequence] = []
@@ -85,6 +93,9 @@ class Core:
         self.kv.tracker = self.manager
         self.scheduler = Scheduler(self.manager, self.config.scheduler, lambda: self.pool.num_available)
         self.scheduler.counters = self._counters
+        if self.sharing is not None:
+            self.sharing.open_books(self.manager)
+            self.scheduler.is_ready = self.sharing.fetcher.is_ready
         self._runner = Runner(self.backend, self.weights, self.kv, self.manager.pages)
 
     # ---- one step
@@ -111,15 +122,23 @@ class Core:
             if self._ended:
                 return
         self._doubt = _Doubt.PAGES
+        if self.sharing is not None:
+            self.sharing.fetcher.land()
         plan = self.scheduler.plan()
+        if self.sharing is not None:
+            self.sharing.saving.save(self.scheduler.running)
         if not plan.pieces:
-            self._refuse_first()
+            self._doubt = _Doubt.NONE
+            if self.sharing is None or not self.sharing.fetcher.wait():
+                self._refuse_first()
             return
         self._doubt = _Doubt.LOOP
         start = perf_counter()
         results = self._runner.run(plan)
         now = perf_counter()
         self._recorder.steps += 1
+        if self.sharing is not None:
+            self.sharing.learn(plan, now - start)
         for piece, result in zip(plan.pieces, results, strict=True):
             self._commit(piece, result, now, now - start)
         if self._runner.loop is not None:
@@ -228,6 +247,8 @@ class Core:
             sequence = self._ended[-1]
             if sequence.has_kv and sequence.error is None:
                 self.scheduler.share(sequence)
+            if self.sharing is not None:
+                self.sharing.end(sequence)
             self.scheduler.remove(sequence)
             self.mailbox.live.pop(sequence.id, None)
             self._ended.pop()
@@ -256,6 +277,8 @@ class Core:
         mailbox = self.mailbox
         mailbox.has_mail = False
         self._doubt = _Doubt.PAGES
+        if self.sharing is not None and self.sharing.fetcher.has_news:
+            self._free_steps = 0
         while mailbox.inbox:
             self._welcome(mailbox.inbox[0])
             mailbox.inbox.popleft()
@@ -272,6 +295,8 @@ class Core:
             return
         sequence.is_known = True
         self.scheduler.add(sequence)
+        if self.sharing is not None:
+            self.sharing.fetcher.welcome(sequence)
         self._deadlines.add(sequence, len(self.mailbox.live))
 
     def _recover(self) -> None:
@@ -309,26 +334,52 @@ class Core:
 
     # ---- looking in
 
-    def logits(self, tokens: Sequence[int], seq_id: int) -> np.ndarray:
-        """Logits after every token: f32 [T, vocab]. Running sequences yield their pages if need be."""
+    def read_logits(
+        self, sequences: Sequence[Sequence[int]], ids: Sequence[int], first: int, visit: LogitsVisitor
+    ) -> None:
+        """Show the logits of sequences (of one length, named `ids`) from position `first` on.
+
+        The tokens before are computed together. Running sequences yield their pages if need be.
+        """
         self.absorb()
         self._doubt = _Doubt.PAGES
         self._runner.close()
         self._free_steps = 0
-        pages = self.scheduler.borrow(seq_id, len(tokens))
-        self._doubt = _Doubt.LOOP
+        taken: list[int] = []
         try:
-            parts = [
-                self.backend.logits_forward(
-                    self.weights, self.kv, SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages)
-                )
-                for start in range(0, len(tokens), LOGITS_CHUNK)
-            ]
-            return np.concatenate(parts)
+            pages = []
+            for seq_id, tokens in zip(ids, sequences, strict=True):
+                pages.append(self.scheduler.borrow(seq_id, len(tokens)))
+                taken.append(seq_id)
+                self.manager.pin(seq_id)  # or it could be moved to the host for the next one
+            self._doubt = _Doubt.LOOP
+            self._compute_before(sequences, pages, first)
+            for i, tokens in enumerate(sequences):
+                for start in range(first, len(tokens), LOGITS_CHUNK):
+                    piece = SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages[i])
+                    visit(i, start, self.backend.logits_forward(self.weights, self.kv, piece))
         finally:
             self._doubt = _Doubt.PAGES
-            self.manager.close(seq_id)
+            for seq_id in taken:
+                self.manager.close(seq_id)
             self._doubt = _Doubt.NONE
+
+    def _compute_before(self, sequences: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], first: int) -> None:
+        """Write the KV of the first `first` tokens of each sequence."""
+        chunk = max(self.config.scheduler.idle_chunk_size // len(sequences), 1)
+        for start in range(0, first, chunk):
+            batch = BatchInput(
+                [
+                    SequenceInput(tokens[start : min(start + chunk, first)], start, own, wants_logits=False)
+                    for tokens, own in zip(sequences, pages, strict=True)
+                ]
+            )
+            self.backend.batch_forward_gpu_pure(self.weights, self.kv, batch)
+
+    def sequences_at_once(self, length: int, first: int) -> int:
+        """How many sequences `read_logits` takes with profit: what fills a step, as far as there are pages."""
+        fill = self.config.scheduler.idle_chunk_size // max(first, 1)
+        return max(min(fill, self.pool.num_pages // self.pool.pages_for(length)), 1)
 
     def metrics(self) -> Metrics:
         """Counts and timings so far."""
@@ -345,6 +396,7 @@ class Core:
             swapped_out_pages=stats.counters.pages_swapped_out,
             swapped_in_pages=stats.counters.pages_swapped_in,
             copy_failures=counters.copy_failures,
+            store=None if self.sharing is None else self.sharing.metrics(),
         )
 
     def audit(self) -> None:

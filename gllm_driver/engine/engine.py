@@ -17,7 +17,7 @@ from ..kv.pages import PagePool
 from ..metrics import Metrics
 from ..sched.request import Request, RunningSequence
 from ..sched.scheduler import Scheduler
-from .core import Core, EngineConfig
+from .core import Core, EngineConfig, LogitsVisitor
 from .handle import RequestHandle
 
 
@@ -162,6 +162,8 @@ class Engine:
         with self._stepping:
             self._core.end_all("cancelled")
         self._wake()
+        if self._core.sharing is not None:
+            self._core.sharing.close()
 
     def fail_all(self, error: GllmError) -> None:
         """End every request with an error, as when the thread that ran the steps dies."""
@@ -173,14 +175,30 @@ class Engine:
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token of a sequence: f32 [T, vocab]. Running requests yield their pages if need be."""
-        self.check_tokens(tokens)
-        if len(tokens) > self.context_length:
-            raise CapacityError(f"{len(tokens)} tokens do not fit in a context of {self.context_length}")
+        parts: list[np.ndarray] = []
+        self.read_logits([tokens], lambda _sequence, _position, logits: parts.append(logits))
+        return np.concatenate(parts)
+
+    def read_logits(self, sequences: Sequence[Sequence[int]], visit: LogitsVisitor, first: int = 0) -> None:
+        """Show the logits of sequences of one length from position `first` on, piece by piece in their order.
+
+        All of the sequences are in the KV cache together while this lasts (`sequences_at_once` says how many are
+        worth it), and no request goes on. Running requests yield their pages if need be.
+        """
+        for tokens in sequences:
+            self.check_tokens(tokens)
+            if len(tokens) > self.context_length:
+                raise CapacityError(f"{len(tokens)} tokens do not fit in a context of {self.context_length}")
+        ids = [next(self._ids) for _ in sequences]
         try:
             with self._stepping:
-                return self._core.logits(tokens, next(self._ids))
+                self._core.read_logits(sequences, ids, first, visit)
         finally:
             self._wake()
+
+    def sequences_at_once(self, length: int, first: int) -> int:
+        """How many sequences of so many tokens `read_logits` takes with profit."""
+        return self._core.sequences_at_once(length, first)
 
     @property
     def metrics(self) -> Metrics:

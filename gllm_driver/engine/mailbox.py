@@ -28,6 +28,10 @@ class Mailbox:
         self.cancelled.append(sequence)
         self.has_mail = True
 
+    def knock(self) -> None:
+        """There is news elsewhere: let the next step begin with a look around."""
+        self.has_mail = True
+
 
 class Deadlines:
     """Sequences by when they must end. Those that end earlier are forgotten in time."""

@@ -1,16 +1,19 @@
 """Making KV smaller at the price of exactness: several neighbouring tokens become one, or several layers share one.
 
-Arrays of pages are [N, L, 2, H, P, D]: N pages of one sequence in order, L layers, keys and values, H KV heads, P tokens
-a page, D elements a head; f32, f16 or bf16. Arithmetic is f32. All of it runs on the host.
+Arrays of pages are [N, L, 2, H, P, D]: N pages of one sequence in order, L layers, keys and values, H KV heads, P
+tokens a page, D elements a head; f32, f16 or bf16. Arithmetic is f32. All of it runs on the host.
 
 Merging tokens: of `ratio` neighbouring pages the tokens are taken in windows of `ratio`, and one page holds what the
 windows become. A page table that names this page `ratio` times is as long as before. So each token keeps its position
 and needs no new rotation, and each merged entry has the softmax weight of the tokens it stands for, because attention
 meets it as many times. What is saved is memory; attention reads as many entries as before.
 
-Merging neighbours by similarity follows KVMerger (Wang et al. 2024), keeping the first tokens exact follows StreamingLLM
-(Xiao et al. 2023), sharing KV among neighbouring layers follows AcrossKV of SwiftKV (Qiao et al. 2024). SwiftKV
-trains the model for it; nothing is trained here, and docs/kv-distillation.md says what that costs.
+Merging neighbours by similarity follows KVMerger (Wang et al. 2024), keeping the first tokens exact follows
+StreamingLLM (Xiao et al. 2023), sharing KV among neighbouring layers follows AcrossKV of SwiftKV (Qiao et al. 2024).
+SwiftKV trains the model for it; nothing is trained here.
+
+With ALiBi or a sliding window, which go by the place in the page table, a merged entry is met at places up to
+(ratio − 1) · P tokens from those it stands for.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def compute_kv_similarity(
 
 @dataclass(frozen=True)
 class MergedKv:
-    """KV with merged tokens: pages [M, L, 2, H, P, D], and for each page of the original the one that is read for it."""
+    """KV with merged tokens: pages [M, L, 2, H, P, D], and for each original page the one read for it."""
 
     pages: np.ndarray
     table: tuple[int, ...]
@@ -176,7 +179,8 @@ def similarity_weights(keys: np.ndarray, values: np.ndarray, sharpness: float) -
     softmax(sharpness · (cos(k, mean k) + cos(v, mean v))): the more a token is like the window's mean, the more it
     counts. 0 is the plain mean; with infinity the most typical token stands for all of them.
     """
-    likeness = sum(cosine(part, part.mean(axis=-2, keepdims=True)) for part in (keys, values))
+    of_keys, of_values = (cosine(part, part.mean(axis=-2, keepdims=True)) for part in (keys, values))
+    likeness = of_keys + of_values
     if math.isinf(sharpness):
         best = likeness.argmax(axis=-1)[..., None]
         return (np.arange(keys.shape[-2]) == best).astype(np.float32)

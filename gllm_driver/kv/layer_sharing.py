@@ -1,4 +1,4 @@
-"""Which layers share the KV of which, and how (AcrossKV, Qiao et al. 2024: neighbouring layers, without the training)."""
+"""Which layers share the KV of which, and how (AcrossKV, Qiao et al. 2024: neighbouring layers, no training)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def num_kept(num_layers: int, ratio: int) -> int:
 def plan_layers(pages: np.ndarray, ratio: int) -> LayerPlan:
     """Groups of neighbouring layers, one for each layer that is kept; pages [N, L, 2, H, P, D] say which are alike.
 
-    The two neighbouring groups that are most alike (cosine similarity of keys and of values, mean over their layers) are
-    joined until few enough are left. Of a group the layer most like the others is kept. The scale is the best one in
-    the least-squares sense for each head, and so near 0 where two layers have nothing in common.
+    The two neighbouring groups that are most alike (cosine similarity of keys and of values, mean over their layers)
+    are joined until few enough are left. Of a group the layer most like the others is kept. The scale is the best one
+    in the least-squares sense for each head, and so near 0 where two layers have nothing in common.
     """
     num_layers, heads = pages.shape[1], pages.shape[3]
     if not len(pages):

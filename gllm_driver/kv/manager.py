@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ..config import SwapConfig
 from ..errors import BackendError, CapacityError, GllmError
 from ..types import PageMetadata
+from .adopt import Fill, adopt
 from .book import PageBook, PageCopier
 from .groups import THRASH_S, Counters, Group, KvStats, as_block, pages_of
 from .merging import PageMerger, merge_group
@@ -190,7 +191,7 @@ class KvManager:
     def swap_out(self, seq_id: int) -> bool:
         """Preempt by swap: a protected sequence leaves the working set by this.
 
-        With a merger, a sequence that becomes smaller by merging stays on the device, and leaves when it is asked again.
+        With a merger, a sequence that becomes smaller by merging stays on the device, and leaves when asked again.
         False, nothing changed: the host has no room, swapping is off, or the sequence is warm, pinned or not there.
         """
         group = self._groups[seq_id]
@@ -201,6 +202,7 @@ class KvManager:
         slots = sum(block.slot is None for block in group.blocks)
         if not self.config.enable_swap or slots > self._book.host.num_free:
             return False
+        group.state.preempted()
         self._move_out([group])
         return True
 
@@ -261,6 +263,10 @@ class KvManager:
     def release(self, handle: CachedKvHandle) -> None:
         """Give up a handle; its pages are no longer held. Once only."""
         self.close(handle.seq_id)
+
+    def adopt(self, tokens: Sequence[int], start: int, fill: Fill) -> bool:
+        """Make KV that was computed elsewhere findable (kv/adopt.py)."""
+        return self._index is not None and adopt(self._book, self._index, tokens, start, fill)
 
     # What is known
 

@@ -1,4 +1,4 @@
-"""Sequences that make room by merging old pages: which pages, and the books around it. The contents are the engine's."""
+"""Sequences that make room by merging old pages: which pages, and the books around it. Contents are the engine's."""
 
 from __future__ import annotations
 

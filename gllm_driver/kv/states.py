@@ -15,7 +15,7 @@ class GroupState:
     """State machine of one group, with the accesses it follows from.
 
     Swapped →(swap-in) Warm →(time up, or enough accesses) Active, or Protected when hot; Active →(idle) Standby;
-    Protected →(left alone for the window) Standby. A new group is Active: it is about to run.
+    Protected →(left alone for the window, or preempted) Standby. A new group is Active: it is about to run.
     """
 
     def __init__(self, config: SwapConfig) -> None:
@@ -66,6 +66,12 @@ class GroupState:
         self._is_running = False
         if self._state is PageState.ACTIVE:
             self._state = PageState.STANDBY
+
+    def preempted(self) -> None:
+        """The scheduler gives the group up: what was Protected leaves the working set."""
+        if self._state is PageState.PROTECTED:
+            self._state = PageState.STANDBY
+            self._recent.clear()
 
     def restarted(self) -> None:
         """The group has lost its pages and begins again."""

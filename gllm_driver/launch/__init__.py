@@ -23,8 +23,8 @@ def launches(
 ) -> list[Launch]:
     """The launches of one bound call, in stream order.
 
-    `args` is what `CONTRACTS[op].bind` returned; `dtypes` names the element type of every array given. Every kernel
-    takes that struct by value, and an address of scratch memory after it where `workspace_nbytes` is not 0.
+    `args` is what `CONTRACTS[op].bind` returned; `dtypes` names the element type of every array given. `Launch.params`
+    says what a kernel takes.
     """
     module = importlib.import_module(f"{__name__}.{op}")
     found: list[Launch] = module.launches(args, dtypes, device, deterministic)

@@ -73,9 +73,10 @@ class Cache:
         """Blocks that share a sequence's span: a KV head each, more where it has over GROUP_HEADS query heads."""
         return self.HK * ceil_div(self.H // self.HK, GROUP_HEADS)
 
-    def rows_symbol(self, family: str) -> str:
-        """The kernel of a family that is not on tensor cores."""
-        return f"{self.op}__{family}_d{next(d for d in ROWS_DIMS if self.Dh <= d)}"
+
+def rows_symbol(family: str, head_dim: int) -> str:
+    """The kernel of a family that is not on tensor cores."""
+    return f"{family}_d{next(d for d in ROWS_DIMS if head_dim <= d)}"
 
 
 def tile_row_nbytes(head_dim: int) -> int:
@@ -111,17 +112,24 @@ def max_splits(cache: Cache, device: DeviceProps, deterministic: bool) -> int:
     return min(MAX_SPLITS, wanted, most_spans(cache.table_tokens))
 
 
-def split_launches(cache: Cache, device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """Attention of the sequences that have one query token; the last block of a group merges its spans."""
+def split_launches(
+    cache: Cache, args: np.ndarray, device: DeviceProps, deterministic: bool, offsets: int = 0
+) -> list[Launch]:
+    """Attention of the sequences that have one query token; the last block of a group merges its spans.
+
+    `args` is the struct of paged_attention, whose kernels do it; `offsets` the address of the array that says which
+    sequences those are, 0 where all are.
+    """
     splits = max_splits(cache, device, deterministic)
     parts = cache.S * cache.H * splits
     workspace = ceil_div(parts, 2) * 16 + parts * cache.Dh * 4  # Partials
     if cache.tensor_cores:
-        symbol, warps = f"{cache.op}__split_{cache.dtype}_d{cache.Dh}", 2 if cache.Dh > 128 else 4
+        symbol, warps = f"paged_attention__split_{cache.dtype}_d{cache.Dh}", 2 if cache.Dh > 128 else 4
         smem = warps * 2 * 2 * 16 * tile_row_nbytes(cache.Dh)  # stages, keys and values, keys of a tile
     else:
-        symbol, warps, smem = cache.rows_symbol("rows_split"), ROWS_WARPS, rows_smem_nbytes(cache.Dh)
+        symbol = rows_symbol("paged_attention__rows_split", cache.Dh)
+        warps, smem = ROWS_WARPS, rows_smem_nbytes(cache.Dh)
     grid = (splits, cache.head_groups, cache.S)
-    overlaps = cache.op == "paged_attention"
     num_counters = cache.head_groups * cache.S
-    return [Launch(symbol, grid, (32 * warps, 1, 1), smem, workspace, overlaps, num_counters)]
+    block = (32 * warps, 1, 1)
+    return [Launch(symbol, grid, block, smem, workspace, True, num_counters, addresses=(offsets,), args=args)]

@@ -27,8 +27,9 @@ DOT_THREADS = 256
 DOT_WARPS = DOT_THREADS // 32
 DOT_RING_NBYTES = 8 << 10  # of a warp
 DOT_STATIC_NBYTES = 1024  # the most its kernels have besides
-DOT_STEP = {"f32": 128, "f16": 256, "bf16": 256}  # elements of a row a warp copies at once
+DOT_STEP = {"f32": 128, "half": 256}  # elements of a row a warp copies at once
 MAX_DOT_TOKENS = 4
+TENSOR_CORE_CC = (8, 0)  # binaries of earlier architectures have none of these kernels but plain
 MAX_GEMV_FLOAT_TOKENS = 2  # more take less time on large tiles
 RING_STAGES = {"f16": 3, "bf16": 3}
 
@@ -62,10 +63,15 @@ def half_of(dtype: str) -> str:
 
 def on_tensor_cores(weights: Iterable[tuple[str, int]], K: int, device: DeviceProps) -> bool:
     """Whether weights (dtype, address) of row length K can be copied 16 bytes at a time; the plain kernel takes all."""
-    return device.cc >= (8, 0) and all(
+    return device.cc >= TENSOR_CORE_CC and all(
         dtype in SEGMENT_STRIDE and address % 16 == 0 and (DTYPES[dtype].is_quantized or K % 8 == 0)
         for dtype, address in weights
     )
+
+
+def dot_kind(dtype: str) -> str:
+    """What the kernels of `dot` call a type of weights: one takes both 16-bit floats, in the same launch."""
+    return "half" if dtype in ("f16", "bf16") else dtype
 
 
 def dot(
@@ -78,14 +84,15 @@ def dot(
     device: DeviceProps,
     workspace_nbytes: int = 0,
 ) -> Launch | None:
-    """One pass over float weights (dtype, address) of one dtype in f32; None where another family must do it."""
+    """One pass over float weights (dtype, address) of one kind in f32; None where another family must do it."""
     dtype = weights[0][0]
-    if T > MAX_DOT_TOKENS or dtype not in DOT_STEP:
+    kind = dot_kind(dtype)
+    if T > MAX_DOT_TOKENS or kind not in DOT_STEP or device.cc < TENSOR_CORE_CC:
         return None
     if DTYPES[dtype].row_nbytes(K) % 16 or any(address % 16 for _, address in weights):
         return None
     tokens = 1 << (T - 1).bit_length()
-    smem_nbytes = DOT_WARPS * DOT_RING_NBYTES + tokens * ceil_div(K, DOT_STEP[dtype]) * DOT_STEP[dtype] * 4
+    smem_nbytes = DOT_WARPS * DOT_RING_NBYTES + tokens * ceil_div(K, DOT_STEP[kind]) * DOT_STEP[kind] * 4
     if smem_nbytes + DOT_STATIC_NBYTES > device.max_smem_optin:
         return None
     num_rows = units * TILE_ROWS * unit
@@ -94,7 +101,7 @@ def dot(
     smem_nbytes = max(smem_nbytes, device.max_smem_optin // 2 + (1 << 10))
     rows = 4 if tokens > 1 or num_rows >= 3 * device.num_sms * DOT_WARPS else 2
     grid = min(device.num_sms, ceil_div(num_rows, rows))
-    name = f"{op}__dot_{dtype}_t{tokens}_r{rows}"
+    name = f"{op}__dot_{kind}_t{tokens}_r{rows}"
     return Launch(name, (grid, 1, 1), (DOT_THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)
 
 

@@ -1,4 +1,4 @@
-"""Launches of flash_attention: tiles of query rows, and the split kernels for sequences that have a single query.
+"""Launches of flash_attention: tiles of query rows, and paged_attention's kernels for sequences with a single query.
 
 Tiles hold rows (token, query head) of one KV head. How many a step has depends on `offsets`, which is on the device;
 the grid is the bound that T and S give, and blocks without a tile leave at once.
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ._attention import ROWS_WARPS, Cache, rows_smem_nbytes, split_launches, tile_row_nbytes
+from ..ops import paged_attention
+from ._attention import ROWS_WARPS, Cache, rows_smem_nbytes, rows_symbol, split_launches, tile_row_nbytes
 from .base import DeviceProps, Launch, ceil_div
 
 STAGES = 2
@@ -55,8 +56,17 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     if cache.T > 1:  # else no sequence can have two tokens
         found.append(_tiles(cache, device) if cache.tensor_cores else _rows(cache))
     if cache.T == 1 or (cache.T and cache.S > 1):  # else no sequence has one
-        found += split_launches(cache, device, deterministic)
+        found += split_launches(cache, _paged(a), device, deterministic, int(a["offsets"]))
     return found
+
+
+def _paged(a: np.ndarray) -> np.ndarray:
+    """The struct of paged_attention for the same arrays and scalars; its kernels are told `offsets` beside it."""
+    struct = paged_attention.CONTRACT.struct
+    args = np.zeros((), struct)
+    for name in struct.names or ():
+        args[name] = a[name]
+    return args
 
 
 def _tiles(cache: Cache, device: DeviceProps) -> Launch:
@@ -70,4 +80,5 @@ def _tiles(cache: Cache, device: DeviceProps) -> Launch:
 
 def _rows(cache: Cache) -> Launch:
     grid = (cache.T, cache.head_groups, 1)
-    return Launch(cache.rows_symbol("rows"), grid, (32 * ROWS_WARPS, 1, 1), rows_smem_nbytes(cache.Dh))
+    symbol = rows_symbol("flash_attention__rows", cache.Dh)
+    return Launch(symbol, grid, (32 * ROWS_WARPS, 1, 1), rows_smem_nbytes(cache.Dh))

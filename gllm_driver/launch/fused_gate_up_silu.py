@@ -8,7 +8,8 @@ import numpy as np
 
 from . import _packed as packed
 from . import _products as products
-from .base import DeviceProps, Launch, ceil_div
+from . import _wgmma as wgmma
+from .base import DeviceProps, Launch, TensorMap, ceil_div
 
 OP = "fused_gate_up_silu"
 
@@ -27,6 +28,8 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return packed.products(OP, [packed.bits_of(dtype)], T, D, tiles, device, deterministic)
     if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
         return [dot]
+    if is_for_warpgroups(a, dtypes) and wgmma.fits(weights, T, D, [F], [int(a["out"])], device, deterministic):
+        return by_warpgroups(weights, T, D, F, device)
     if is_mixed or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, F, scratch)]
@@ -36,4 +39,22 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     return [
         products.rows(OP, products.half_of(dtype), T, scratch),
         products.mma(OP, dtype, T, D, 2 * units, scratch, device),
+    ]
+
+
+def is_for_warpgroups(a: np.ndarray, dtypes: Mapping[str, str]) -> bool:
+    """Whether their kernel has the form asked for: with a gate, SiLU or GELU's tanh form, no biases."""
+    return "gate" in dtypes and int(a["activation"]) <= 1 and not int(a["up_bias"])
+
+
+def by_warpgroups(weights: list[tuple[str, int]], T: int, D: int, F: int, device: DeviceProps) -> list[Launch]:
+    """Tiles of half gate and half up."""
+    dtype = weights[0][0]
+    shape = wgmma.shape_for(T, 2 * F, device)
+    maps = [TensorMap(address, F, D, dtype, shape.rows // 2) for _, address in weights]
+    scratch = wgmma.rows_nbytes(T, D)
+    row_tiles = ceil_div(F, shape.rows // 2)
+    return [
+        wgmma.rows(OP, dtype, T, scratch),
+        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch),
     ]

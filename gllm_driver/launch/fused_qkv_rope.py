@@ -8,15 +8,21 @@ import numpy as np
 
 from . import _packed as packed
 from . import _products as products
-from .base import DeviceProps, Launch, ceil_div
+from . import _wgmma as wgmma
+from .base import DeviceProps, Launch, TensorMap, ceil_div
 
 OP = "fused_qkv_rope"
 UNIT_ROWS = 2 * products.TILE_ROWS
 PLACE_THREADS = 128
+FINISHED_DIMS = (64, 128)  # sizes of heads that the products of warpgroups can finish
+PAIRED = ("q", "kv", "bq", "bk", "bv", "q_norm", "k_norm", "cos_sin")  # read and written in pairs there
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
-    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype."""
+    """Results of a token are the same bits whatever T if `deterministic`. One more launch for each further dtype.
+
+    Up to four tokens take one launch for f16 and bf16 together.
+    """
     T, D, QD, KD, head_dim = (int(a[dim]) for dim in ("T", "D", "QD", "KD", "Dh"))
     if not T:
         return []
@@ -38,9 +44,15 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
         return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
     if not deterministic and not any(packed.is_packed(kind) for kind in kinds):
-        dots = [products.dot(OP, of_kind(weights, kind), T, D, units, 2, device, raw) for kind in kinds]
+        families = dict.fromkeys(map(products.dot_kind, kinds))
+        dots = [products.dot(OP, of_family(weights, family), T, D, units, 2, device, raw) for family in families]
         if all(dots):
             return [dot for dot in dots if dot] + finish
+    paired = [int(a[name]) for name in PAIRED]
+    if wgmma.fits(weights, T, D, [QD, KD], paired, device, deterministic):
+        finishes = head_dim in FINISHED_DIMS and (int(a["rope_style"]) == 1 or int(a["R"]) in (0, head_dim // 2))
+        product = by_warpgroups(weights, T, D, QD, KD, device, raw, f"_d{head_dim}" if finishes else "")
+        return product if finishes else [*product, place]
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
@@ -53,6 +65,22 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     return found + finish
 
 
-def of_kind(weights: list[tuple[str, int]], kind: str) -> list[tuple[str, int]]:
-    """The weights of a dtype."""
-    return [weight for weight in weights if weight[0] == kind]
+def by_warpgroups(
+    weights: list[tuple[str, int]], T: int, D: int, QD: int, KD: int, device: DeviceProps, raw: int, suffix: str
+) -> list[Launch]:
+    """Tiles are of one projection each; `suffix` says whether heads are finished, and of what size they are."""
+    dtype = weights[0][0]
+    shape = wgmma.shape_for(T, QD + 2 * KD, device)
+    widths = (QD, KD, KD)
+    maps = [TensorMap(weight[1], width, D, dtype, shape.rows) for weight, width in zip(weights, widths, strict=True)]
+    row_tiles = sum(ceil_div(width, shape.rows) for width in widths)
+    scratch = raw + wgmma.rows_nbytes(T, D)
+    return [
+        wgmma.rows(OP, dtype, T, scratch),
+        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch, raw, suffix),
+    ]
+
+
+def of_family(weights: list[tuple[str, int]], family: str) -> list[tuple[str, int]]:
+    """The weights that one launch of `dot` multiplies."""
+    return [weight for weight in weights if products.dot_kind(weight[0]) == family]

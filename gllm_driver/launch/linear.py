@@ -8,7 +8,8 @@ import numpy as np
 
 from . import _packed as packed
 from . import _products as products
-from .base import DeviceProps, Launch, ceil_div
+from . import _wgmma as wgmma
+from .base import DeviceProps, Launch, TensorMap, ceil_div
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
@@ -23,6 +24,16 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     tiles = ceil_div(N, products.TILE_ROWS)
     if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
         return [dot]
+    paired = (int(a[name]) for name in ("out", "bias", "residual"))
+    if wgmma.fits(weights, T, K, [N], paired, device, deterministic):
+        shape = wgmma.shape_for(T, N, device)
+        scratch = wgmma.rows_nbytes(T, K)
+        maps = [TensorMap(int(a["weight"]), N, K, dtype, shape.rows)]
+        row_tiles = ceil_div(N, shape.rows)
+        return [
+            wgmma.rows("linear", dtype, T, scratch),
+            wgmma.product("linear", dtype, T, K, row_tiles, shape, maps, device, scratch),
+        ]
     if not products.on_tensor_cores(weights, K, device):
         return [products.plain("linear", T, N)]
     if products.takes_gemv(dtype, T, deterministic):

@@ -13,4 +13,4 @@ from .base import DeviceProps, Launch
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
     """None for no sequences. Raises UnsupportedError for a head_dim over 256."""
     cache = Cache.of("paged_attention", a, dtypes, device)
-    return split_launches(cache, device, deterministic) if cache.S else []
+    return split_launches(cache, a, device, deterministic) if cache.S else []

@@ -48,10 +48,18 @@ SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 @dataclass(frozen=True)
 class GgufFile:
     """`metadata` is the file's key-value pairs: str, int, float, bool, list[str], or a numpy array [n]. Bytes of a
-    string that are no UTF-8 stay recoverable (`value.encode("utf-8", "surrogateescape")`)."""
+    string that are no UTF-8 stay recoverable (`value.encode("utf-8", "surrogateescape")`). `pairs` says where each pair
+    lies in `file`, (first byte, end), so that it can be copied as it is."""
 
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
+    pairs: dict[str, tuple[int, int]]
+    file: FileMapping
+
+    def pair(self, key: str) -> bytes:
+        """The bytes of a key-value pair."""
+        begin, end = self.pairs[key]
+        return self.file.buffer[begin:end]
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -84,7 +92,7 @@ def read_gguf(path: Path) -> GgufFile:
     expected = first.metadata.get("split.tensors.count", len(tensors))
     if len(tensors) != expected:
         raise ModelFormatError(f"the {num_parts} parts hold {len(tensors)} tensors, expected {expected}", path=path)
-    return GgufFile(first.metadata, tensors)
+    return GgufFile(first.metadata, tensors, first.pairs, first.file)
 
 
 def _read_part(path: Path) -> GgufFile:
@@ -102,12 +110,14 @@ def _read_part(path: Path) -> GgufFile:
     num_pairs = cursor.count("key-value pairs", _MIN_KV_NBYTES)
 
     metadata: dict[str, Any] = {}
+    pairs: dict[str, tuple[int, int]] = {}
     for _ in range(num_pairs):
         start = cursor.position
         key = cursor.name("a key")
         if key in metadata:
             raise ModelFormatError(f"the key {key!r} occurs twice", path=path, offset=start)
         metadata[key] = cursor.value(key)
+        pairs[key] = start, cursor.position
 
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
@@ -134,7 +144,7 @@ def _read_part(path: Path) -> GgufFile:
         type_name, dtype = TENSOR_TYPES[type_id]
         tensors[name] = StoredTensor(name, type_name, dtype, shape, data_begin + offset, file)
     _check_no_overlap(tensors, file)
-    return GgufFile(metadata, tensors)
+    return GgufFile(metadata, tensors, pairs, file)
 
 
 def _check_no_overlap(tensors: dict[str, StoredTensor], file: FileMapping) -> None:

@@ -91,6 +91,20 @@ class FileMapping:
         return Tensor.from_numpy(view, dtype, shape)
 
 
+def release(tensor: Tensor) -> None:
+    """Give up the memory that a mapped tensor's pages take; they are read again when they are used again."""
+    base = tensor.owner
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.address - np.frombuffer(base, np.uint8).ctypes.data
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    with contextlib.suppress(OSError):
+        base.madvise(mmap.MADV_DONTNEED, first, start + tensor.nbytes - first)
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor as its file describes it, before anything is read: `type_name` is the file's word for the element

@@ -31,6 +31,9 @@ _HUB_ID = re.compile(
 )
 
 
+GGUF_METADATA = "metadata.gguf"  # in a directory made from a GGUF file: its key-value pairs, tokenizer included
+
+
 def open_checkpoint(path_or_id: str | Path, *, progress: bool | None = None, describe_only: bool = False) -> Checkpoint:
     """Describe a model and map its weights into memory; only packed matrices of other quantizers are converted.
 
@@ -94,6 +97,8 @@ def _open_directory(folder: Path, describe_only: bool) -> Checkpoint:
 def _open_hf(weights: Path, folder: Path, files: Mapping[str, StoredTensor], describe_only: bool) -> Checkpoint:
     config = read_object(folder / "config.json")
     stored = with_matrices(files, config, folder / "config.json")
+    if (folder / GGUF_METADATA).exists():
+        return _open_described(weights, folder / GGUF_METADATA, stored, describe_only)
     generation_path = folder / "generation_config.json"
     generation = read_object(generation_path) if generation_path.exists() else {}
     arch = arch_of_config(config, stored.keys(), folder / "config.json")
@@ -102,6 +107,17 @@ def _open_hf(weights: Path, folder: Path, files: Mapping[str, StoredTensor], des
         metadata[key] = folder / name if (folder / name).exists() else None
     defaults = defaults_of_hf(config, generation, generation_path if generation else folder / "config.json")
     names = FAMILIES[arch.family].hf_names.fitting(stored)
+    return _checkpoint(weights, arch, names, stored, safetensors.READABLE, defaults, metadata, describe_only)
+
+
+def _open_described(
+    weights: Path, description: Path, stored: Mapping[str, StoredTensor | PackedTensor], describe_only: bool
+) -> Checkpoint:
+    """Safetensors with GGUF's names, and GGUF's key-value pairs beside them (convert/target.py)."""
+    metadata = gguf.read_gguf(description).metadata
+    arch = arch_of_gguf(metadata, stored, description)
+    defaults = defaults_of_gguf(metadata, description)
+    names = FAMILIES[arch.family].gguf_names
     return _checkpoint(weights, arch, names, stored, safetensors.READABLE, defaults, metadata, describe_only)
 
 

@@ -94,6 +94,11 @@ class Tokenizer:
         return self._specials.bos_token_id
 
     @property
+    def prefix_ids(self) -> tuple[int, ...]:
+        """What `encode` puts before a text, as the model's files say: BOS, or nothing."""
+        return self._specials.prefix_ids
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a generation: end of sequence, of turn, of message."""
         return self._specials.eos_token_ids

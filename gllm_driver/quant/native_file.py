@@ -75,5 +75,7 @@ class NativeFileWriter:
                 self._file.close()
                 self._temporary.replace(self._path)
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()  # on a full disk this fails as well: it writes what is buffered
+            finally:
+                self._temporary.unlink(missing_ok=True)

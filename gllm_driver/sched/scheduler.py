@@ -58,6 +58,7 @@ class Scheduler:
         self.running: list[RunningSequence] = []
         self.preempted: list[RunningSequence] = []
         self.counters = Counters()
+        self.is_ready: Callable[[RunningSequence], bool] = lambda sequence: True  # False: something is fetched for it
         self._num_free_pages = num_free_pages
         self._num_begun = 0
 
@@ -149,7 +150,7 @@ class Scheduler:
         """Let those in whose priority is above that of someone who runs, at that one's expense."""
         while self.running:
             candidate, last = self._next_candidate(), self.running[-1]
-            if candidate is None or candidate.priority <= last.priority:
+            if candidate is None or candidate.priority <= last.priority or not self._may_start(candidate):
                 return
             if len(self.running) >= self.config.max_batch:
                 self._put_aside(last)
@@ -159,9 +160,12 @@ class Scheduler:
     def _admit_next(self, *, force: bool) -> RunningSequence | None:
         """The next sequence to join, if there is room for it beside those that run."""
         candidate = self._next_candidate()
-        if candidate is None or (not force and self._waits_for_prefix(candidate)):
+        if candidate is None or not self._may_start(candidate) or (not force and self._waits_for_prefix(candidate)):
             return None
         return candidate if self._start(candidate, force=force) else None
+
+    def _may_start(self, candidate: RunningSequence) -> bool:
+        return candidate.phase is not Phase.WAITING or self.is_ready(candidate)
 
     def _next_candidate(self) -> RunningSequence | None:
         """Of one priority, those that have begun come before those that have not."""

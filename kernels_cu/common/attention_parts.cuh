@@ -3,6 +3,13 @@
 
 #include "attention.cuh"
 
+// The token of a sequence that has one, else -1; null offsets say that each has one.
+__device__ __forceinline__ int64_t only_query(const int32_t *offsets, int sequence) {
+  if (offsets == nullptr) return sequence;
+  const int begin = offsets[sequence];
+  return offsets[sequence + 1] - begin == 1 ? begin : -1;
+}
+
 // What the warps of a block found for up to kGroupHeads heads, in shared memory.
 template <int kWarps>
 struct WarpParts {
@@ -88,7 +95,7 @@ __device__ __forceinline__ void merge_parts(const Args &a, const Partials &parti
                                             int num, void *shared) {
   constexpr int kAtOnce = 16;  // loads of a thread
   auto *weights = static_cast<float *>(shared), *totals = weights + kGroupHeads * kMaxSplits;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = warp_index(), lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int h = warp; h < group.heads; h += kThreads / 32) {
     const float2 *states = partials.states + (row + h) * partials.max_splits;

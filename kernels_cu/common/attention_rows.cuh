@@ -29,7 +29,7 @@ __device__ __forceinline__ void load_lane(const void *row, int dtype, int lane, 
 template <int kPerLane, class Args>
 __device__ __forceinline__ void attend_rows(const Args &a, int sequence, const HeadGroup &group, int64_t token, int position, KeyRange keys,
                                             const WarpParts<kRowsWarps> &parts) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = warp_index(), lane = threadIdx.x % 32;
   const HeadCache cache = head_cache(a, sequence, group.kv_head, a.kv_dtype == kCodeF32 ? 4 : 2);
   const float scale = log2_scale(a);
   float q[kGroupHeads][kPerLane], o[kGroupHeads][kPerLane], m[kGroupHeads], l[kGroupHeads];
@@ -107,10 +107,10 @@ __device__ __forceinline__ void attend_rows(const Args &a, int sequence, const H
 
 // One query against one span: the same grid and scratch as split_attention.
 template <int kPerLane, class Args>
-__device__ __forceinline__ void split_rows(const Args &a, void *scratch, unsigned *counters) {
+__device__ __forceinline__ void split_rows(const Args &a, const int32_t *offsets, void *scratch, unsigned *counters) {
   DYN_SHARED(unsigned char, shared);
   const int split = blockIdx.x, sequence = blockIdx.z, max_splits = gridDim.x;
-  const int64_t token = only_query(a, sequence);
+  const int64_t token = only_query(offsets, sequence);
   if (token < 0) return;
   const int position = static_cast<int>(a.positions[token]);
   const KeyRange seen = {visible_begin(a, position), position + 1};

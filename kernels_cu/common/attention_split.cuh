@@ -70,14 +70,14 @@ struct WarpRing {
 };
 
 template <class H, int D, class Args>
-__device__ __forceinline__ void split_attention(const Args &a, void *scratch, unsigned *counters) {
+__device__ __forceinline__ void split_attention(const Args &a, const int32_t *offsets, void *scratch, unsigned *counters) {
   using Shape = SplitShape<D>;
   using Tile = TileShape<D>;
   constexpr int kSteps = D / 16, kStride = Shape::kWarps * Shape::kKeys;
   DYN_SHARED(unsigned char, shared);
   const int split = blockIdx.x, sequence = blockIdx.z, max_splits = gridDim.x;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
-  const int64_t token = only_query(a, sequence);
+  const int warp = warp_index(), lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+  const int64_t token = only_query(offsets, sequence);
   if (token < 0) return;
   const int position = static_cast<int>(a.positions[token]);
   const KeyRange seen = {visible_begin(a, position), position + 1};

@@ -5,6 +5,14 @@
 // below the same meaning. A wrapper therefore exists twice and has a conformance test; kernels contain no `asm`.
 #pragma once
 
+// mma.m16n8k16 and cp.async need sm_80. Binaries of earlier architectures have none of the kernels made of them; the launch
+// arithmetic takes others there.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define TENSOR_CORE_KERNELS 1
+#else
+#define TENSOR_CORE_KERNELS 0
+#endif
+
 #if defined(__CUDACC__)
 
 #include <cuda_bf16.h>
@@ -91,7 +99,11 @@ __device__ __forceinline__ void named_barrier_sync(int id, int n) { asm volatile
 // ---- 16 bytes of memory that is read once (weights): through the read-only path, not kept in L1
 __device__ __forceinline__ uint4 load_stream16(const void *p) {
   uint4 v;
+#if __CUDA_ARCH__ >= 700
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+#else
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+#endif
   return v;
 }
 
@@ -138,6 +150,10 @@ __device__ __forceinline__ float warp_max(float v) {  // fmaxf: a NaN loses to a
   return v;
 }
 
+// ---- the number of this warp in its block, which all its lanes reach together. As it comes from a shuffle, nvcc knows that it
+// is the same for all; without that, every shuffle in a loop that depends on it brings code for lanes that went other ways.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0); }
+
 #else  // a C++ compiler: the simulated device (tests/hostsim)
 
 #include "hostsim.h"
@@ -147,6 +163,7 @@ __device__ __forceinline__ void allow_next_launch() {}
 __device__ __forceinline__ void wait_for_earlier_launches() {}
 __device__ __forceinline__ int dynamic_smem_nbytes() { return static_cast<int>(hs::engine->dynamic_nbytes); }
 __device__ __forceinline__ float exp2_approx(float x) { return exp2f(x); }
+__device__ __forceinline__ int warp_index() { return threadIdx.x / 32; }
 
 #endif
 

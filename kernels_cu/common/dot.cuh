@@ -5,8 +5,8 @@
 // itself, so there is no barrier. The first copies start before the launch waits for the one before it. Activations stand in
 // shared memory in f32, times the norm's weights; a row's 1 / rms multiplies results.
 //
-// An output is summed in one order whatever the number of tokens. `Op` as in gemv.cuh; a warp's rows are entries of a unit, all
-// kUnit rows whose results are stored together.
+// An output is summed in one order whatever the number of tokens. `Op` as in gemv.cuh, and dtype_of_unit(unit), the type of its
+// weights; a warp's rows are entries of a unit, all kUnit rows whose results are stored together.
 #pragma once
 
 #include "activation_rows.cuh"
@@ -40,7 +40,7 @@ struct Dot {
   __device__ __forceinline__ const unsigned char *row_of(int group, int i) const {
     const int entry = group * kEntries + i / Op::kUnit, unit = entry / kTileRows;
     if (unit >= op.num_units()) return nullptr;
-    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows).data;
+    return op.template tile<D>(unit * Op::kUnit + i % Op::kUnit).row(entry % kTileRows);
   }
 
   // Lane i works out where row i is: for all lanes.
@@ -67,7 +67,7 @@ struct Dot {
 
   // The sum over the block of each token's value, in every thread.
   __device__ __forceinline__ static void block_sums(float (&sums)[kTokens], float *scratch) {
-    const int warp = threadIdx.x / 32;
+    const int warp = warp_index();
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       const float sum = warp_sum(sums[t]);
@@ -169,11 +169,19 @@ struct Dot {
     }
   }
 
-  static __device__ __forceinline__ void unpack(uint4 v, float (&out)[kEach]) {
+  static __device__ __forceinline__ void unpack(const uint4 (&packed)[kRows], bool is_bf16, float (&out)[kRows][kEach]) {
     if constexpr (kEach == 4) {
-      out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y), out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+        const uint4 v = packed[r];
+        out[r][0] = __uint_as_float(v.x), out[r][1] = __uint_as_float(v.y), out[r][2] = __uint_as_float(v.z), out[r][3] = __uint_as_float(v.w);
+      }
+    } else if (is_bf16) {
+#pragma unroll
+      for (int r = 0; r < kRows; r++) unpack8<bf16>(packed[r], out[r]);
     } else {
-      unpack8<Element>(v, out);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) unpack8<__half>(packed[r], out[r]);
     }
   }
 };
@@ -186,7 +194,7 @@ __device__ __forceinline__ void dot(const Op &op) {
   SHARED(float, scratch, kTokens * Kernel::kWarps);
   const Kernel kernel(op, shared);
   const int lane = threadIdx.x % 32, stride = gridDim.x * Kernel::kWarps;
-  int group = blockIdx.x + gridDim.x * (threadIdx.x / 32), step = 0;
+  int group = blockIdx.x + gridDim.x * warp_index(), step = 0;
   int copied_group = group - stride, copied = kernel.steps;  // what has been copied
   const unsigned char *from[kRows];
   const auto copy_next = [&](int stage) {
@@ -209,11 +217,13 @@ __device__ __forceinline__ void dot(const Op &op) {
   typename Op::Early early;
   float sums[kRows][kTokens] = {};
   int stage = 0;
+  bool is_bf16 = false;  // the group's weights
 #pragma unroll 1
   while (group < kernel.groups) {
     const int entry = group * Kernel::kEntries + mine, unit = entry / kTileRows;
     const bool has_result = mine < Kernel::kEntries && token < op.T && unit < op.num_units();
     if (step == 0 && has_result) early = op.early(token, unit, entry % kTileRows);
+    if (step == 0) is_bf16 = op.dtype_of_unit(group * Kernel::kEntries / kTileRows) == kCodeBF16;
     cp_async_wait<kStages - 1>();
     const unsigned char *weights = kernel.ring + stage * Kernel::kStageNbytes;
     uint4 packed[kRows];
@@ -223,8 +233,7 @@ __device__ __forceinline__ void dot(const Op &op) {
     stage = stage + 1 == kStages ? 0 : stage + 1;
     const float *x = kernel.rows + step * Kernel::kStep + lane * 4;
     float w[kRows][kEach];
-#pragma unroll
-    for (int r = 0; r < kRows; r++) Kernel::unpack(packed[r], w[r]);
+    Kernel::unpack(packed, is_bf16, w);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
 #pragma unroll

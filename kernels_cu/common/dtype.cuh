@@ -1,6 +1,6 @@
-// dtype.cuh - the element types arrays are stored in, as types: F32, F16, BF16 and the block formats Q8_0, Q4_0.
+// dtype.cuh - the element types arrays are stored in, as types: F32, F16, BF16.
 //
-// Codes and block sizes come from gllm_driver/types.py by way of the generated header, so they are said once.
+// Codes come from gllm_driver/types.py by way of the generated header, so they are said once.
 #pragma once
 
 #include "dev.cuh"
@@ -27,43 +27,33 @@ __device__ __forceinline__ __half from_f32<__half>(float x) { return __float2hal
 template <>
 __device__ __forceinline__ bf16 from_f32<bf16>(float x) { return __float2bfloat16_rn(x); }
 
-// A storage type: `Element` is what memory holds per element (bytes for block formats); `Half` is the 16-bit type that
-// tensor cores take its values in.
+// A storage type: `Element` is what memory holds per element; `Half` is the 16-bit type that tensor cores take.
 struct F32 {
   using Element = float;
-  static constexpr int kCode = kCodeF32, kBlockSize = kBlockSizeF32, kBlockNbytes = kBlockNbytesF32;
+  static constexpr int kCode = kCodeF32;
   static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct F16 {
   using Element = __half;
   using Half = __half;
-  static constexpr int kCode = kCodeF16, kBlockSize = kBlockSizeF16, kBlockNbytes = kBlockNbytesF16;
+  static constexpr int kCode = kCodeF16;
   static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 struct BF16 {
   using Element = bf16;
   using Half = bf16;
-  static constexpr int kCode = kCodeBF16, kBlockSize = kBlockSizeBF16, kBlockNbytes = kBlockNbytesBF16;
-  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
-};
-struct Q8_0 {
-  using Element = unsigned char;
-  using Half = __half;
-  static constexpr int kCode = kCodeQ8_0, kBlockSize = kBlockSizeQ8_0, kBlockNbytes = kBlockNbytesQ8_0;
-  static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
-};
-struct Q4_0 {
-  using Element = unsigned char;
-  using Half = __half;
-  static constexpr int kCode = kCodeQ4_0, kBlockSize = kBlockSizeQ4_0, kBlockNbytes = kBlockNbytesQ4_0;
+  static constexpr int kCode = kCodeBF16;
   static __device__ __forceinline__ bool holds(int code) { return code == kCode; }
 };
 
-template <class D>
-constexpr bool kIsQuantized = D::kBlockSize > 1;
+// Either 16-bit float: which one, a weight's code says at run time.
+struct AnyHalf {
+  using Element = uint16_t;
+  static __device__ __forceinline__ bool holds(int code) { return code == kCodeF16 || code == kCodeBF16; }
+};
 
-// Bytes of a stored row of n elements (whole blocks).
+// Bytes of a row of n elements.
 template <class D>
 __device__ __forceinline__ int64_t row_nbytes(int n) {
-  return static_cast<int64_t>(n / D::kBlockSize) * D::kBlockNbytes;
+  return static_cast<int64_t>(n) * static_cast<int>(sizeof(typename D::Element));
 }

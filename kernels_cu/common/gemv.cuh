@@ -23,16 +23,14 @@ constexpr int kGemvThreads = kRowThreads;
 constexpr int kGemvBlocks = 4;  // blocks of a multiprocessor that registers must suffice for
 constexpr int kGemvWarps = kGemvThreads / 32;
 constexpr int kMaxGemvTokens = 16;
+constexpr int kRingStages = 3;
 constexpr int kPanelNbytes = 32 << 10;  // of activation rows in shared memory; longer K is done panel by panel
-
-template <class D>
-constexpr int kRingStages = kBits<D> == 16 ? 3 : 4;
 
 template <class D, int kPlanes, int kTokenTiles, class Op>
 struct Gemv {
   using Half = typename D::Half;
-  using Tile = RowTile<D, kSegment>;
-  static constexpr int kStages = kRingStages<D>, kStageNbytes = kTileRows * Tile::kStride;
+  using Tile = RowTile<kSegment>;
+  static constexpr int kStages = kRingStages, kStageNbytes = kTileRows * Tile::kStride;
 
   const Op &op;
   const int slots, segments, pairs, panel_segments, per_unit;  // per_unit: tiles of a unit, all segments
@@ -68,7 +66,7 @@ struct Gemv {
   __device__ __forceinline__ void copy_tile(Cursor at, int stage) const {
     if (at.unit < op.num_units()) {
       const int r = threadIdx.x % 32 / 4, first = at.within / Op::kUnit * kSegment;
-      const WeightRow row = op.template tile<D>(at.unit * Op::kUnit + at.within % Op::kUnit).row(r);
+      const unsigned char *row = op.template tile<D>(at.unit * Op::kUnit + at.within % Op::kUnit).row(r);
       Tile::copy_row(ring + stage * kStageNbytes, r, threadIdx.x % 4, row, first, op.K);
     }
     cp_async_commit();
@@ -88,36 +86,28 @@ struct Gemv {
 #pragma unroll
       for (int p = 0; p < kPlanes; p++) {
         const int slot = p * op.T + t;
-        *reinterpret_cast<uint32_t *>(rows + activation_piece<D>(slot / 2, pair_stride(), word / 2) + word % 2 * 8 + slot % 2 * 4) = planes[p];
+        *reinterpret_cast<uint32_t *>(rows + activation_piece(slot / 2, pair_stride(), word / 2) + word % 2 * 8 + slot % 2 * 4) = planes[p];
       }
     }
   }
 
   // One tile of one segment: its part of [slot][row].
   __device__ __forceinline__ void multiply_tile(Cursor at, int stage, int first_segment) const {
-    const int segment = at.within / Op::kUnit, tile = at.within % Op::kUnit, first = segment * kSegment;
+    const int segment = at.within / Op::kUnit, tile = at.within % Op::kUnit;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const unsigned char *weights = ring + stage * kStageNbytes;
-    int lead = 0, scale_lead[2] = {0, 0};
-    if constexpr (Tile::kBlocks) {
-      const WeightTile<D> from = op.template tile<D>(at.unit * Op::kUnit + tile);
-      lead = from.lead(g, first);
-      scale_lead[0] = from.lead(2 * t, first);
-      scale_lead[1] = from.lead(2 * t + 1, first);
-    }
-    const LaneWeights<D, kSegment> lane_weights(weights, g, lead, t);
+    const LaneWeights<kSegment> lane_weights(weights, g, t);
     const unsigned char *panel = rows + (segment - first_segment) * kSegment * 4;
     float sum[kTokenTiles][4] = {};
-    const int steps = min(kSegment, op.K - first + kStep - 1) / kStep;
+    const int steps = min(kSegment, op.K - segment * kSegment + kStep - 1) / kStep;
     const auto multiply = [&](int step) {
       uint32_t b[4];
       lane_weights.read(step, 0, b);
-      const float scale[2] = {Tile::scale(weights, 2 * t, scale_lead[0], step), Tile::scale(weights, 2 * t + 1, scale_lead[1], step)};
 #pragma unroll
       for (int m = 0; m < kTokenTiles; m++) {  // lanes whose pair there is not read another's: their sums are nobody's
         uint32_t a[2][4];
-        LaneActivations<D>(panel, m * 8 + g < pairs ? m * 8 + g : 0, pair_stride(), t).read(step, 0, a);
-        multiply_step<D>(sum[m], a, b, scale);
+        LaneActivations(panel, m * 8 + g < pairs ? m * 8 + g : 0, pair_stride(), t).read(step, 0, a);
+        multiply_step<Half>(sum[m], a, b);
       }
     };
     int step = 0;
@@ -172,7 +162,7 @@ __device__ __forceinline__ void gemv(const Op &op) {
   SHARED(float, scales, kMaxGemvTokens);
   SHARED(float, unscales, kMaxGemvTokens);
   const Kernel kernel(op, shared);
-  typename Kernel::Cursor next{static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x / 32) - kGemvWarps}, copied = next;
+  typename Kernel::Cursor next{static_cast<int>(blockIdx.x), warp_index() - kGemvWarps}, copied = next;
   kernel.advance(next);
 #pragma unroll 1
   for (int s = 0; s < Kernel::kStages; s++) kernel.advance(copied), kernel.copy_tile(copied, s);

@@ -1,8 +1,8 @@
 // mma_gemm.cuh - products with many tokens, on tensor cores: a block computes kTokens tokens by kRows weight rows.
 //
-// Activations come from prepared rows (activation_rows.cuh); weights are copied as they are stored and unpacked on the way
-// from shared memory to registers. kStages tiles of 64 elements of K are under way at once. Each warp sums segments of K
-// apart and adds them in order, as gemv.cuh does: an output has the same bits whatever the tile and the number of tokens.
+// Activations come from prepared rows (activation_rows.cuh), weights as they are stored. kStages tiles of 64 elements of K are
+// under way at once. Each warp sums segments of K apart and adds them in order, as gemv.cuh does: an output has the same bits
+// whatever the tile and the number of tokens.
 //
 // `Op` as in gemv.cuh; tiles of one unit are neighbours in a block, so it holds all values that are stored together.
 #pragma once
@@ -10,14 +10,12 @@
 #include "activation_rows.cuh"
 #include "weight_tile.cuh"
 
-// kAlignedRows: rows start at multiples of 16 bytes, so all lie alike and nothing about a row need be remembered.
-template <class D, int kTokens_, int kRows_, int kTokenWarps, int kRowWarps, int kStages_, bool kAlignedRows_>
+template <int kTokens_, int kRows_, int kTokenWarps, int kRowWarps, int kStages_>
 struct GemmShape {
-  static constexpr bool kAlignedRows = kAlignedRows_;
   static constexpr int kTokens = kTokens_, kRows = kRows_, kStages = kStages_, kThreads = kTokenWarps * kRowWarps * 32;
   static constexpr int kDepth = 64;  // elements of K in a stage
   static constexpr int kTokenTiles = kTokens / kTokenWarps / 16, kRowTiles = kRows / kRowWarps / 8;  // of a warp
-  using Tile = RowTile<D, kDepth>;
+  using Tile = RowTile<kDepth>;
   static constexpr int kTokenNbytes = kDepth * 2, kStageNbytes = kTokens * kTokenNbytes + kRows * Tile::kStride;
 };
 
@@ -26,8 +24,8 @@ struct MmaGemm {
   using Tile = typename Shape::Tile;
   static constexpr int kDepth = Shape::kDepth, kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles;
   static constexpr int kPairNbytes = 2 * Shape::kTokenNbytes;
-  static constexpr bool kAlike = !Tile::kBlocks || Shape::kAlignedRows;  // rows lie alike in their tiles
-  static constexpr int kCopies = (Shape::kRows * Tile::kPieces + Shape::kThreads - 1) / Shape::kThreads;
+  static constexpr int kCopies = Shape::kRows * Tile::kPieces / Shape::kThreads;
+  static_assert(kCopies * Shape::kThreads == Shape::kRows * Tile::kPieces, "every thread copies as often");
 
   const Op &op;
   const PreparedRows &prepared;
@@ -36,15 +34,17 @@ struct MmaGemm {
   const int warp_token, warp_tile;    // of the warp, within the block
 
   // The rows of weights whose pieces this thread copies, the same in every stage.
-  __device__ __forceinline__ void find_rows(WeightRow (&from)[kCopies]) const {
-#pragma unroll
+  __device__ __forceinline__ void find_rows(const unsigned char *(&from)[kCopies]) const {
+#pragma unroll 1  // the code exists once
     for (int j = 0; j < kCopies; j++) {
       const int r = (static_cast<int>(threadIdx.x) + j * Shape::kThreads) / Tile::kPieces;
-      from[j] = op.template tile<D>(first_tile + r / 8).row(r % 8);
+      const unsigned char *row = op.template tile<D>(first_tile + r / 8).row(r % 8);
+#pragma unroll
+      for (int i = 0; i < kCopies; i++) from[i] = i == j ? row : from[i];
     }
   }
 
-  __device__ __forceinline__ void copy_stage(int stage, int first, const WeightRow (&from)[kCopies]) const {
+  __device__ __forceinline__ void copy_stage(int stage, int first, const unsigned char *const (&from)[kCopies]) const {
     unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
     constexpr int kPairsAtOnce = Shape::kThreads / 16;  // a thread copies the same piece of every so many-th pair
     const int piece = threadIdx.x % 16, first_pair = threadIdx.x / 16;
@@ -52,49 +52,31 @@ struct MmaGemm {
 #pragma unroll
     for (int pair = 0; pair < Shape::kTokens / 2; pair += kPairsAtOnce) {
       const bool valid = first_token + 2 * (first_pair + pair) < op.T;
-      cp_async16(tokens + activation_piece<D>(first_pair, kPairNbytes, piece) + pair * kPairNbytes, from_pair + pair * prepared.pair_nbytes, valid);
+      cp_async16(tokens + activation_piece(first_pair, kPairNbytes, piece) + pair * kPairNbytes, from_pair + pair * prepared.pair_nbytes, valid);
     }
 #pragma unroll
     for (int j = 0; j < kCopies; j++) {
-      const int i = threadIdx.x + j * Shape::kThreads, r = i / Tile::kPieces;
-      if (i < Shape::kRows * Tile::kPieces) Tile::template copy<Shape::kAlignedRows>(weights, r, i % Tile::kPieces, from[j], first, op.K);
+      const int i = threadIdx.x + j * Shape::kThreads;
+      Tile::copy(weights, i / Tile::kPieces, i % Tile::kPieces, from[j], first, op.K);
     }
   }
 
-  // How far into its 16 bytes a row's stretch starts: `starts` holds the low bits of where rows start, a byte per row.
-  static __device__ __forceinline__ int lead_at(unsigned starts, int which, int first) {
-    if constexpr (Shape::kAlignedRows) starts = 0;
-    return static_cast<int>((starts >> 8 * which) + static_cast<unsigned>(first / kStep) * Tile::kStepNbytes) & 15;
-  }
-
-  __device__ __forceinline__ void multiply_stage(int stage, int first, const unsigned (&starts)[kRowTiles], float (&sum)[kTokenTiles][kRowTiles][4]) const {
+  __device__ __forceinline__ void multiply_stage(int stage, float (&sum)[kTokenTiles][kRowTiles][4]) const {
     const unsigned char *tokens = shared + stage * Shape::kStageNbytes, *weights = tokens + Shape::kTokens * Shape::kTokenNbytes;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    using Lane = LaneWeights<D, kDepth>;
-    const Lane first_rows(weights, warp_tile * 8 + g, kAlike ? lead_at(0, 0, first) : 0, t);
-    const LaneActivations<D> first_pairs(tokens, warp_token / 2 + g, kPairNbytes, t);
+    const LaneWeights<kDepth> first_rows(weights, warp_tile * 8 + g, t);
+    const LaneActivations first_pairs(tokens, warp_token / 2 + g, kPairNbytes, t);
 #pragma unroll
     for (int step = 0; step < kDepth / kStep; step++) {
-      if (Tile::kBlocks && first + step * kStep >= op.K) break;  // what follows a row of blocks is no weight
       uint32_t b[kRowTiles][4];
-      float scale[kRowTiles][2];
 #pragma unroll
-      for (int n = 0; n < kRowTiles; n++) {
-        const int r = (warp_tile + n) * 8;
-        if constexpr (kAlike) {
-          first_rows.read(step, n * 8 * Tile::kStride, b[n]);
-        } else {
-          Lane(weights, r + g, lead_at(starts[n], 0, first), t).read(step, 0, b[n]);
-        }
-        scale[n][0] = Tile::scale(weights, r + 2 * t, lead_at(starts[n], 1, first), step);
-        scale[n][1] = Tile::scale(weights, r + 2 * t + 1, lead_at(starts[n], 2, first), step);
-      }
+      for (int n = 0; n < kRowTiles; n++) first_rows.read(step, n * 8 * Tile::kStride, b[n]);
 #pragma unroll
       for (int m = 0; m < kTokenTiles; m++) {
         uint32_t a[2][4];
         first_pairs.read(step, m * 8 * kPairNbytes, a);
 #pragma unroll
-        for (int n = 0; n < kRowTiles; n++) multiply_step<D>(sum[m][n], a, b[n], scale[n]);
+        for (int n = 0; n < kRowTiles; n++) multiply_step<typename D::Half>(sum[m][n], a, b[n]);
       }
     }
   }
@@ -134,24 +116,13 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
   constexpr int kTokenTiles = Shape::kTokenTiles, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages, kDepth = Shape::kDepth;
   static_assert(Shape::kRows % (8 * Op::kUnit) == 0, "the tiles of a unit belong to one block");
   DYN_SHARED(unsigned char, shared);
-  const int warp = threadIdx.x / 32, row_warps = Shape::kRows / (kRowTiles * 8);
+  const int warp = warp_index(), row_warps = Shape::kRows / (kRowTiles * 8);
   const Kernel kernel{op, prepared, shared, static_cast<int>(blockIdx.y) * Shape::kTokens, static_cast<int>(blockIdx.x) * (Shape::kRows / 8),
                       warp / row_warps * kTokenTiles * 16, warp % row_warps * kRowTiles};
 
-  unsigned starts[kRowTiles] = {};  // of the row this lane unpacks, and of the two it scales
-  if constexpr (Shape::Tile::kBlocks && !Shape::kAlignedRows) {
-    const int lane = threadIdx.x % 32, r[3] = {lane / 4, lane % 4 * 2, lane % 4 * 2 + 1};
-#pragma unroll
-    for (int n = 0; n < kRowTiles; n++) {
-      const WeightTile<D> tile = op.template tile<D>(kernel.first_tile + kernel.warp_tile + n);
-#pragma unroll
-      for (int i = 0; i < 3; i++) starts[n] |= static_cast<unsigned>(address_of(tile.row(r[i]).data) & 15) << 8 * i;
-    }
-  }
-
   const int depths = ceil_div(op.K, kDepth);
   int stage = 0, filled = kStages - 1;  // the stage that is multiplied, and the one that is copied to meanwhile
-  WeightRow from[Kernel::kCopies];
+  const unsigned char *from[Kernel::kCopies] = {};
   kernel.find_rows(from);
 #pragma unroll 1
   for (int s = 0; s < kStages - 1; s++) {
@@ -164,7 +135,7 @@ __device__ __forceinline__ void mma_gemm(const Op &op, const PreparedRows &prepa
     __syncthreads();  // stage d has landed for all, and all are done with the stage that is filled next
     if (d + kStages - 1 < depths) kernel.copy_stage(filled, (d + kStages - 1) * kDepth, from);
     cp_async_commit();
-    kernel.multiply_stage(stage, d * kDepth, starts, sum);
+    kernel.multiply_stage(stage, sum);
     filled = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
     if ((d + 1) % (kSegment / kDepth) == 0 || d + 1 == depths) {

@@ -6,94 +6,79 @@
 #pragma once
 
 #include "packed.cuh"
-#include "quant.cuh"
+#include "vec.cuh"
 
 constexpr int kPlainThreads = 256;
 constexpr int kPlainTokens = 8;
 
-template <class D>
-__device__ __forceinline__ float element(const void *row, int k) {
-  if constexpr (!kIsQuantized<D>) return load_one<D>(row, k);
-  const auto *block = static_cast<const unsigned char *>(row) + static_cast<int64_t>(k / 32) * D::kBlockNbytes;
-  int value;
-  if constexpr (D::kCode == kCodeQ8_0) {
-    value = static_cast<int8_t>(block[2 + k % 32]);
-  } else {
-    value = (block[2 + k % 16] >> (k % 32 < 16 ? 0 : 4) & 15) - 8;
-  }
-  return static_cast<float>(value) * block_scale(block);
-}
-
-// Rows of eight and more at multiples of 16 bytes.
-template <class D>
-__device__ __forceinline__ void aligned_dot(const void *row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-#pragma unroll 1
-  for (int k = threadIdx.x % 32 * 8; k < K; k += 256) {
-    float w[8];
-    dequantize8<D, true>(row, k, w);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t >= tokens) break;
-      float y[8];
-      load8_aligned(x + static_cast<int64_t>(t) * K + k, y);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], y[i], sum[t]);
-    }
+// Elements k .. k+7 of a row of floats at a multiple of 16 bytes, and one element of any row of floats.
+__device__ __forceinline__ void load8_of(const void *row, int dtype, int k, float (&out)[8]) {
+  switch (dtype) {
+    case kCodeF32: load8_aligned(static_cast<const float *>(row) + k, out); break;
+    case kCodeF16: load8_aligned(static_cast<const __half *>(row) + k, out); break;
+    default: load8_aligned(static_cast<const bf16 *>(row) + k, out); break;
   }
 }
-
-template <class D>
-__device__ __forceinline__ void any_dot(const void *row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-#pragma unroll 1
-  for (int k = threadIdx.x % 32; k < K; k += 32) {
-    const float w = element<D>(row, k);
-#pragma unroll
-    for (int t = 0; t < kPlainTokens; t++) {
-      if (t < tokens) sum[t] = fmaf(w, x[static_cast<int64_t>(t) * K + k], sum[t]);
-    }
-  }
-}
-
-template <class D>
-__device__ __forceinline__ void plain_row_of(const void *weight, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-  const void *data = byte_offset(weight, row * row_nbytes<D>(K));
-  if (is_aligned(weight, 16) && is_aligned(x, 16) && K % 8 == 0) {
-    aligned_dot<D>(data, x, tokens, K, sum);
-  } else {
-    any_dot<D>(data, x, tokens, K, sum);
-  }
-}
-
-// Rows of packed weights.
-__device__ __forceinline__ void packed_dot(const void *weight, int dtype, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
-  const PackedRow data(PackedFormat(dtype), weight, row, K);
-#pragma unroll
-  for (int t = 0; t < kPlainTokens; t++) {
-    if (t >= tokens) break;
-#pragma unroll 1
-    for (int k = threadIdx.x % 32; k < K; k += 32) sum[t] = fmaf(data.element(k), x[static_cast<int64_t>(t) * K + k], sum[t]);
+__device__ __forceinline__ float load_of(const void *row, int dtype, int k) {
+  switch (dtype) {
+    case kCodeF32: return static_cast<const float *>(row)[k];
+    case kCodeF16: return to_f32(static_cast<const __half *>(row)[k]);
+    default: return to_f32(static_cast<const bf16 *>(row)[k]);
   }
 }
 
 // sum[t] = x[t] . weight[row] for the tokens from x on, at most kPlainTokens; all lanes of the warp get it.
 __device__ __forceinline__ void plain_row(const void *weight, int dtype, int row, const float *x, int tokens, int K, float (&sum)[kPlainTokens]) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int t = 0; t < kPlainTokens; t++) sum[t] = 0;
-  switch (dtype) {
-    case kCodeF32: plain_row_of<F32>(weight, row, x, tokens, K, sum); break;
-    case kCodeF16: plain_row_of<F16>(weight, row, x, tokens, K, sum); break;
-    case kCodeBF16: plain_row_of<BF16>(weight, row, x, tokens, K, sum); break;
-    default: packed_dot(weight, dtype, row, x, tokens, K, sum); break;
+  const auto add = [&](float w, int k) {
+#pragma unroll
+    for (int t = 0; t < kPlainTokens; t++) {
+      if (t < tokens) sum[t] = fmaf(w, x[static_cast<int64_t>(t) * K + k], sum[t]);
+    }
+  };
+  const void *data = byte_offset(weight, static_cast<int64_t>(row) * K * (dtype == kCodeF32 ? 4 : 2));
+  if (is_packed(dtype)) {
+    const PackedRow packed(PackedFormat(dtype), weight, row, K);
+#pragma unroll 1
+    for (int k = lane; k < K; k += 32) add(packed.element(k), k);
+  } else if (is_aligned(weight, 16) && is_aligned(x, 16) && K % 8 == 0) {
+#pragma unroll 1
+    for (int k = lane * 8; k < K; k += 256) {
+      float w[8];
+      load8_of(data, dtype, k, w);
+#pragma unroll
+      for (int t = 0; t < kPlainTokens; t++) {
+        if (t >= tokens) break;
+        float y[8];
+        load8_aligned(x + static_cast<int64_t>(t) * K + k, y);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum[t] = fmaf(w[i], y[i], sum[t]);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int k = lane; k < K; k += 32) add(load_of(data, dtype, k), k);
   }
 #pragma unroll
   for (int t = 0; t < kPlainTokens; t++) sum[t] = warp_sum(sum[t]);
 }
 
+// The sum of token `lane`, where there is one: what a lane stores.
+__device__ __forceinline__ float lane_sum(const float (&sum)[kPlainTokens]) {
+  float mine = 0;
+#pragma unroll
+  for (int t = 0; t < kPlainTokens; t++) mine = threadIdx.x % 32 == t ? sum[t] : mine;
+  return mine;
+}
+
 // All units of `op` for all tokens: op.plain(unit_row, x, first token, tokens) per warp. A unit row is one row of output.
 template <class Op>
 __device__ __forceinline__ void plain_gemm(const Op &op, const float *x, int rows) {
-  const int row = static_cast<int>(blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32;
+  const int row = static_cast<int>(blockIdx.x) * (kPlainThreads / 32) + warp_index();
   if (row >= rows) return;
+#pragma unroll 1
   for (int first = blockIdx.y * kPlainTokens; first < op.T; first += gridDim.y * kPlainTokens) {
     const int tokens = min(kPlainTokens, op.T - first);
     op.plain(row, x + static_cast<int64_t>(first) * op.K, first, tokens);

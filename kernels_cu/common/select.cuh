@@ -21,7 +21,7 @@ struct SelectScratch {
 // Sum of v over the threads before this one; every thread of the block calls.
 template <int kThreads>
 __device__ __forceinline__ u64 sum_before(u64 v, u64 *warp_totals) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = warp_index();
   u64 inclusive = v;
 #pragma unroll
   for (int o = 1; o < 32; o <<= 1) {

@@ -123,6 +123,19 @@ def test_architectures_are_those_with_every_op(tmp_path: Path) -> None:
     assert read_manifest(tmp_path).archs == ("80", "90", "90a", "120")
 
 
+def test_a_binary_shared_with_an_earlier_architecture(tmp_path: Path) -> None:
+    folder = write_manifest(tmp_path)
+    whole = json.loads((folder / "manifest.json").read_text())
+    entry = whole["files"]["sm_80/a.cubin"]
+    whole["files"]["sm_86/a.cubin"] = entry | {"arch": "86", "same_as": "sm_80/a.cubin"}
+    (folder / "manifest.json").write_text(json.dumps(whole))
+    manifest = read_manifest(folder)
+    assert manifest.archs == ("80", "86")
+    shared = manifest.entries["a", "86"]
+    assert (shared.arch, shared.file, shared.built_for) == ("86", "sm_80/a.cubin", "80")
+    assert manifest.read(shared) == CUBIN
+
+
 def test_a_binary_that_is_not_the_manifests(tmp_path: Path) -> None:
     manifest = read_manifest(write_manifest(tmp_path, sha256="0" * 64))
     with pytest.raises(CubinError, match="not the file the manifest describes"):

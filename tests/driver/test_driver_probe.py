@@ -59,11 +59,14 @@ def test_a_library_without_entry_points(tmp_path: Path) -> None:
 @needs_no_gpu
 def test_the_printed_folder_is_all_it_takes() -> None:
     folder = {"LD_LIBRARY_PATH": str(session.folder())}
-    assert probe_in_process(folder) == "True | cuda:0 | compute capability 8.0, kernels of sm_80"
+    assert (
+        probe_in_process(folder)
+        == "True | cuda:0 | compute capability 8.0, kernels of sm_80, which have never run on hardware"
+    )
     found = probe_in_process(folder | {"HOSTSIM_CC": "7.0,8.6,9.0"}).splitlines()
     assert found == [
         "False | cuda:0 | no kernels for compute capability 7.0; there are sm_80, sm_90",
-        "True | cuda:1 | compute capability 8.6, kernels of sm_80",
+        "True | cuda:1 | compute capability 8.6, kernels of sm_80, which have never run on hardware",
         "True | cuda:2 | compute capability 9.0, kernels of sm_90",
     ]
     assert "too old" in probe_in_process(folder | {"HOSTSIM_DRIVER": "12040"})

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.ops import CONTRACTS
 
 SIMULATED_ARCH = "80"
+TENSOR_CORE_KERNEL = re.compile(r"__(dot|gemv|mma|slots|bytes|rows_b?f16|split|b?f16_d)")
 ORDER = {name: os.environ[f"HOSTSIM_{name}"] for name in ("ORDER", "SEED") if f"HOSTSIM_{name}" in os.environ}
 
 
@@ -33,8 +35,11 @@ def fresh(**settings: str) -> session.Stub:
 
 
 @functools.cache
-def kernels() -> Path:
-    """A folder of kernel binaries: the shipped ones on a real GPU, else stand-ins for what the simulated device has."""
+def kernels(arch: str = SIMULATED_ARCH) -> Path:
+    """A folder of kernel binaries: the shipped ones on a real GPU, else stand-ins for what the simulated device has.
+
+    Those of architectures before sm_80 lack the kernels that TENSOR_CORE_KERNELS in the sources leaves out.
+    """
     if session.on_real_gpu():
         return FOLDER
     if shutil.which("g++") is None:
@@ -47,12 +52,14 @@ def kernels() -> Path:
     files: dict[str, Any] = {}
     for op, contract in CONTRACTS.items():
         names = [name for name in host.names() if name.startswith(f"{op}__")]
-        image = fake_cubin({n: FakeKernel(host.param_nbytes(n)) for n in names}, int(SIMULATED_ARCH))
+        if int(arch) < 80:
+            names = [name for name in names if not TENSOR_CORE_KERNEL.search(name)]
+        image = fake_cubin({n: FakeKernel(host.param_nbytes(n)) for n in names}, int(arch))
         file = f"{op}.cubin"
         (folder / file).write_bytes(image)
         files[file] = {
             "op": op,
-            "arch": SIMULATED_ARCH,
+            "arch": arch,
             "abi_hash": contract.abi_hash,
             "sha256": hashlib.sha256(image).hexdigest(),
             "kernels": names,

@@ -57,7 +57,7 @@ def test_json(greedy: dict) -> None:
     timings = greedy["timings"]
     assert set(timings) == {"load_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
     assert all(value > 0 for value in timings.values())
-    assert greedy["traffic"] == {"h2d_bytes": 0, "d2h_bytes": 0}
+    assert set(greedy["traffic"].values()) == {0}
 
 
 def test_every_way_to_give_a_prompt(greedy: dict, tmp_path: Path) -> None:

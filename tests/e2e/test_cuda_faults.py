@@ -238,7 +238,7 @@ def test_auto_takes_the_gpu_and_numbers_choose_among_several(stub: session.Stub)
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"CC": "7.5"}, "no kernels for compute capability 7.5"), ({"DRIVER": "12080"}, "driver is too old")],
+    [({"CC": "7.0"}, "no kernels for compute capability 7.0"), ({"DRIVER": "12080"}, "driver is too old")],
 )
 def test_auto_goes_to_the_cpu_where_no_gpu_serves(stub: session.Stub, settings: dict[str, str], reason: str) -> None:
     stub.reset(**settings)

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cuda_models import fresh, load_cuda, tiny
+from cuda_models import fresh, kernels, load_cuda, tiny
 from hostsim import session
 from oracle import numpy_model, tiny_models, to_gguf
 
@@ -52,10 +53,23 @@ def open_tiny(name: str) -> tuple[Path, tiny_models.Row, str]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_says_what_it_says_on_the_cpu(name: str) -> None:
+    compare_with_the_cpu(name)
+
+
+@pytest.mark.parametrize("cc", ["6.1", "7.5"])
+@pytest.mark.parametrize("name", ["llama3_gqa.q4_0", "qwen3_tied.f16", "qwen2_bias"])
+def test_devices_for_which_there_are_no_tensor_core_kernels(cc: str, name: str) -> None:
+    if session.on_real_gpu():
+        pytest.skip("needs a device of that compute capability")
+    fresh(THREADS="2", CC=cc)
+    compare_with_the_cpu(name, kernels=kernels(cc.replace(".", "")))
+
+
+def compare_with_the_cpu(name: str, **options: Any) -> None:
     """Logits within the type's rounding; greedy and drawn tokens equal, or (half types) chosen on a near tie."""
     path, row, kind = open_tiny(name)
     prompt = tiny_models.prompt(row)
-    with load_cuda(path, context_length=CONTEXT) as llm:
+    with load_cuda(path, context_length=CONTEXT, **options) as llm:
         greedy = llm.generate(prompt, max_tokens=12, temperature=0, ignore_eos=True).tokens
         drawn = llm.generate(prompt, max_tokens=12, ignore_eos=True, **DRAWS).tokens
         logits = llm.logits([*prompt, *greedy])

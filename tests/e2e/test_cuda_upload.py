@@ -132,16 +132,15 @@ def test_blocks_arrive_as_they_were_made() -> None:
             tensor = weights.tensors[slot]
             if slot in quantized:
                 assert tensor.dtype == upload.device_dtype(Tensor.from_numpy(array, *_typed(quantized[slot])), "auto")
-            if not tensor.dtype.is_quantized or tensor.dtype.name in DTYPES:
-                assert on_device(backend, tensor) == array.tobytes(), slot
+            expected = pack(array, *_typed_name(quantized[slot])) if slot in quantized else array
+            assert on_device(backend, tensor) == expected.tobytes(), slot
     finally:
         backend.close()
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("stored", ["q8_0", "q4_0"])
-def test_blocks_are_packed_where_products_read_packed_types(monkeypatch: pytest.MonkeyPatch, stored: str) -> None:
-    monkeypatch.setattr(upload, "BLOCKS_ARE_PACKED", True)
+def test_blocks_are_packed(stored: str) -> None:
     g, N, K = np.random.default_rng(4), 77, 384
     raw = blocks(g, stored, N, K)
     backend = open_cuda()
@@ -156,6 +155,10 @@ def test_blocks_are_packed_where_products_read_packed_types(monkeypatch: pytest.
             backend.upload_weights(model_of({"a": bad}, {"a": (stored, N, K)}))
     finally:
         backend.close()
+
+
+def _typed_name(row: tuple[str, int, int]) -> tuple[str, tuple[int, int]]:
+    return row[0], row[1:]
 
 
 def _typed(row: tuple[str, int, int]) -> tuple[Any, tuple[int, int]]:

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 
 from gllm_driver.config import KvCacheConfig, SamplingConfig, SwapConfig
 from gllm_driver.engine import Engine, EngineConfig, Request, RequestHandle
+from gllm_driver.engine.sharing import KvSharingConfig
 from gllm_driver.errors import CapacityError, GllmError
 from gllm_driver.sched.plan import SchedulerConfig
 
@@ -31,12 +32,19 @@ STEPS_TO_END = 4000  # more than any of these workloads needs, if it does not ha
 
 
 def engine_of(
-    backend: FakeBackend, num_pages: int, *, slots: int = 64, prefix_reuse: bool = True, **scheduler: int
+    backend: FakeBackend,
+    num_pages: int,
+    *,
+    slots: int = 64,
+    prefix_reuse: bool = True,
+    sharing: KvSharingConfig | None = None,
+    **scheduler: int,
 ) -> Engine:
     kv = KvCacheConfig(num_pages, 1, 1, 1, PAGE_SIZE, "f32")
     swap = SwapConfig(enable_swap=slots > 0)
     config = SchedulerConfig(page_size=PAGE_SIZE, chunk_invariant=not backend.chunky, **scheduler)
-    engine = Engine(backend, WEIGHTS_HANDLE, kv, CONTEXT, EngineConfig(config, swap, prefix_reuse))  # type: ignore[arg-type]
+    whole = EngineConfig(config, swap, prefix_reuse, sharing)
+    engine = Engine(backend, WEIGHTS_HANDLE, kv, CONTEXT, whole)  # type: ignore[arg-type]
     if slots:
         engine._core.swapper.num_slots = slots
         engine._core.open_books()
@@ -78,6 +86,8 @@ requests = st.builds(
 class Interleavings(RuleBasedStateMachine):
     """The machine keeps what each request must yield, and compares when it ends."""
 
+    sharing: KvSharingConfig | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.faults: set[str] = set()
@@ -116,6 +126,7 @@ class Interleavings(RuleBasedStateMachine):
             num_pages,
             slots=slots,
             prefix_reuse=prefix_reuse,
+            sharing=self.sharing if prefix_reuse else None,
             max_batch=max_batch,
             chunk_size=chunk_size,
             idle_chunk_size=idle_chunk_size,
@@ -139,8 +150,12 @@ class Interleavings(RuleBasedStateMachine):
     @rule(count=st.integers(1, 30))
     def step(self, count: int) -> None:
         for _ in range(count):
+            self.before_step()
             self.engine.step()
             self.engine.audit()
+
+    def before_step(self) -> None:
+        """Whatever else goes on meanwhile."""
 
     @precondition(lambda self: self.handles)
     @rule(data=st.data())
@@ -195,6 +210,7 @@ class Interleavings(RuleBasedStateMachine):
             return
         self.faults = set()
         for _ in range(STEPS_TO_END):
+            self.before_step()
             if not self.engine.step():
                 break
         else:

@@ -13,12 +13,25 @@ from typing import Any
 import pytest
 from fake_backend import FakeBackend
 from test_engine_interleavings import alone, engine_of
+from test_engine_store import sharing
 
 from gllm_driver.config import SamplingConfig
 from gllm_driver.engine import Engine, Request, RequestHandle
+from gllm_driver.kv.store import MemoryStore
 
 # Not engine/engine.py: a trace function can raise between a `with` block and the lock's release, a signal cannot.
-OURS = ("/engine/core.py", "/engine/runner.py", "/gllm_driver/sched/", "/gllm_driver/kv/", "fake_backend.py")
+# Nor engine/sharing/workers.py and kv/store/, for the same reason.
+OURS = (
+    "/engine/core.py",
+    "/engine/runner.py",
+    *(f"/engine/sharing/{file}.py" for file in ("sharing", "fetch", "save", "known")),
+    "/gllm_driver/sched/",
+    *(
+        f"/gllm_driver/kv/{file}.py"
+        for file in ("manager", "book", "adopt", "pages", "prefix", "recency", "states", "swap")
+    ),
+    "fake_backend.py",
+)
 REQUESTS = [
     Request([7] * 9, SamplingConfig(temperature=1, seed=1), 12),
     Request([7] * 9 + [3, 4, 5], SamplingConfig(temperature=1, seed=2, presence_penalty=0.5), 14),
@@ -58,25 +71,30 @@ def read(handles: list[RequestHandle]) -> None:
         handle.result()
 
 
-def engine(*, chunky: bool) -> Engine:
-    return engine_of(FakeBackend(chunky=chunky), 12, slots=16, max_batch=3, chunk_size=5, idle_chunk_size=7)
+def engine(*, chunky: bool, store: MemoryStore | None = None) -> Engine:
+    shared = None if store is None else sharing(store, chunk_tokens=4, min_tail_tokens=4, min_wait_s=0.05)
+    backend = FakeBackend(chunky=chunky)
+    return engine_of(backend, 12, slots=16, max_batch=3, chunk_size=5, idle_chunk_size=7, sharing=shared)
 
 
+@pytest.mark.parametrize("has_store", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_an_interrupt_anywhere_loses_nothing(seed: int) -> None:
+def test_an_interrupt_anywhere_loses_nothing(seed: int, has_store: bool) -> None:
     rng = random.Random(seed)
     chunky = bool(seed % 2)
+    store = MemoryStore(4000) if has_store else None
     expected = [alone(request, chunky=chunky)[0] for request in REQUESTS]
     counter = Interrupter(10**9)
-    whole = engine(chunky=chunky)
+    whole = engine(chunky=chunky, store=store)
     handles = workload(whole)
     sys.settrace(counter)
     read(handles)
     sys.settrace(None)
+    whole.close()
     num_lines = 10**9 - counter.left
     assert num_lines > 3000
     for _ in range(30):
-        subject = engine(chunky=chunky)
+        subject = engine(chunky=chunky, store=store)
         handles = workload(subject)
         for _ in range(rng.randint(1, 3)):  # an interrupt may hit the recovery from another
             sys.settrace(Interrupter(rng.randint(1, num_lines)))
@@ -95,6 +113,7 @@ def test_an_interrupt_anywhere_loses_nothing(seed: int) -> None:
         assert handles[3].tokens == expected[3][: len(handles[3].tokens)]
         assert subject.manager.stats().num_used == 0
         assert not subject._stepping.locked()
+        subject.close()
 
 
 def test_real_signals_leave_no_lock_and_no_gap() -> None:

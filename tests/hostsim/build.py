@@ -127,12 +127,12 @@ def build(
 
 def _build(builder: Builder, ops: list[str] | None, jobs: int | None) -> None:
     write_generated_headers()
-    kernels = sorted(KERNELS.glob("*.cu"))
+    kernels = [*sorted(KERNELS.glob("*.cu")), *sorted(KERNELS.glob("sm_*/*.cu"))]
     if ops is not None:
         unknown = set(ops) - {k.stem for k in kernels}
         if unknown:
             raise BuildError(
-                f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(k.stem for k in kernels)}"
+                f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(sorted({k.stem for k in kernels}))}"
             )
         kernels = [k for k in kernels if k.stem in ops]
     kernels += sorted(TEST_KERNELS.glob("*.cu"))

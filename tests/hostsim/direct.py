@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,13 @@ from . import build
 ORDERS = {"asc": 0, "desc": 1, "rand": 2}
 A100_LIKE = DeviceProps(cc=(8, 0), num_sms=8, max_smem_optin=163 << 10)
 SCRATCH_GUARD = 4096
+
+
+def encode_tensor_map(address: int, dtype: str, shape: tuple[int, int], box: tuple[int, int]) -> np.ndarray:
+    """A tensor map as the engine reads it (engine/hopper.h), of 16-bit elements swizzled by 128 bytes."""
+    rows, cols = shape
+    fields = (0x70616D726F736E74, address, cols * 2, 0, 0, 0, cols, rows, 0, 0, 0, box[1], box[0], 0, 0, 0, 2, 2, 128)
+    return np.frombuffer(struct.pack("<6Q13I28x", *fields), np.uint8)
 
 
 class KernelFailedError(Exception):
@@ -119,8 +127,8 @@ class HostKernels:
         address += -address % 256
         counters = np.zeros(1 + max((launch.num_counters for launch in todo), default=0), np.int32)
         for launch in todo:
-            extra = launch.extra_params(address, counters.ctypes.data)
-            self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, args, *extra)
+            params = launch.params(args, address, counters.ctypes.data, encode_tensor_map)
+            self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, *params)
         if counters.any():
             raise KernelFailedError(f"{op}: counters are not zero after the launch")
         start = address - scratch.ctypes.data

@@ -76,8 +76,8 @@ def stub() -> Stub:
     return Stub()
 
 
-def cubin_for_tests(prefix: str, sm: int = 80) -> bytes:
+def cubin_for_tests(prefix: str, sm: int = 80, max_threads: int = 128) -> bytes:
     """A cubin for the kernels of tests/hostsim/kernels/<prefix>.cu, as far as the simulated device cares."""
     host = HostKernels(folder())
-    kernels = {n: FakeKernel(host.param_nbytes(n), 128) for n in host.names() if n.startswith(f"{prefix}__")}
+    kernels = {n: FakeKernel(host.param_nbytes(n), max_threads) for n in host.names() if n.startswith(f"{prefix}__")}
     return fake_cubin(kernels, sm)

@@ -123,6 +123,7 @@ class DriverRunner:
     def launch(self, todo: list[Launch], args: np.ndarray) -> None:
         """Run launches in order and wait. Scratch memory is poisoned, and guarded on both sides."""
         from gllm_driver.driver.launch import PackedParams
+        from gllm_driver.driver.tensor_map import encode_tensor_map
 
         nbytes = max((launch.workspace_nbytes for launch in todo), default=0)
         counters = self.device.alloc(4 * max((launch.num_counters for launch in todo), default=0) + 4)
@@ -132,7 +133,7 @@ class DriverRunner:
             self.device.fill(guarded.address, 0xFF, guarded.nbytes, self.stream)
             self.device.fill(counters.address, 0, counters.nbytes, self.stream)
             for launch in todo:
-                params = PackedParams(args, *launch.extra_params(scratch, counters.address))
+                params = PackedParams(*launch.params(args, scratch, counters.address, encode_tensor_map))
                 function = self.library.function(launch.symbol)
                 function.launch(launch.grid, launch.block, launch.smem_nbytes, self.stream, params)
             self.stream.synchronize()

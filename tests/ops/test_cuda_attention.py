@@ -233,6 +233,19 @@ def test_which_kernels_run() -> None:
         assert symbols(launched("flash_attention", "f16", A100, misaligned=array, T=9)) == ["rows_d128"]
 
 
+def test_single_queries_of_a_packed_step_take_the_kernels_of_decode() -> None:
+    tiles, split = launched("flash_attention", "bf16", A100, T=9, S=2, offsets=512)
+    (decode,) = launched("paged_attention", "bf16", A100, S=2)
+    assert split.symbol == decode.symbol == "paged_attention__split_bf16_d64"
+    assert (split.addresses, decode.addresses) == ((512,), (0,))
+    own = np.zeros((), CONTRACTS["flash_attention"].struct)
+    struct, *rest = split.params(own, 1024, 2048)
+    assert struct.dtype == CONTRACTS["paged_attention"].struct
+    assert (struct["S"], struct["kv"], struct["MP"]) == (2, 256, 64)
+    assert rest == [512, 1024, 2048]
+    assert tiles.params(own, 1024, 2048) == (own,)
+
+
 def test_a_head_dim_no_kernel_takes() -> None:
     with pytest.raises(UnsupportedError, match="head_dim 257 is over 256"):
         launched("paged_attention", "f32", A100, Dh=257)

@@ -6,6 +6,7 @@ HOSTSIM_ORDER=rand python -m pytest tests/ops/test_cuda_each_kernel.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -26,6 +27,7 @@ from gllm_driver.types import Tensor
 
 pytestmark = pytest.mark.hostsim
 
+T4 = DeviceProps(cc=(7, 5), num_sms=40, max_smem_optin=64 << 10)
 MODES = (("deterministic", A100_LIKE, True), ("default", ONE_SM, False))
 
 
@@ -69,7 +71,7 @@ def tensors_of(contract: Contract, case: Case, storage: Storage) -> dict[str, Te
     return found
 
 
-def choices(op: str) -> Iterator[Choice]:
+def choices(op: str, modes: tuple[tuple[str, DeviceProps, bool], ...] = MODES) -> Iterator[Choice]:
     """Everything that could be run."""
     contract = CONTRACTS[op]
     assert contract.cases is not None
@@ -78,7 +80,7 @@ def choices(op: str) -> Iterator[Choice]:
             tensors = tensors_of(contract, case, storage)
             args = contract.bind(tensors, case.scalars)
             dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
-            for mode, device, deterministic in MODES:
+            for mode, device, deterministic in modes:
                 try:
                     todo = launches(op, args, dtypes, device, deterministic)
                 except UnsupportedError:
@@ -102,6 +104,17 @@ def smallest(op: str) -> list[Choice]:
             found.append(choice)
             missing -= choice.symbols
     return found
+
+
+BEFORE_SM_80 = re.compile(r"(plain|place|rows_f32|rows_d\d+|rows_split_d\d+)$")
+
+
+@pytest.mark.parametrize("op", ["linear", "fused_gate_up_silu", "fused_qkv_rope", "flash_attention", "paged_attention"])
+def test_older_devices_are_asked_for_kernels_their_binaries_have(op: str) -> None:
+    """TENSOR_CORE_KERNELS in kernels_cu/common/dev.cuh leaves out the others."""
+    found = {symbol for choice in choices(op, (("old", T4, False), ("exact", T4, True))) for symbol in choice.symbols}
+    assert found
+    assert [symbol for symbol in found if not BEFORE_SM_80.fullmatch(symbol.partition("__")[2])] == []
 
 
 @pytest.mark.parametrize("choice", [c for op in kernel_ops() for c in smallest(op)], ids=lambda c: c.name)

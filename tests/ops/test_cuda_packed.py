@@ -97,8 +97,12 @@ def test_zero_scales_make_zeros(name: str) -> None:
 
 
 def test_the_manifest_has_all_widths_for_every_architecture() -> None:
-    """The same template at 8, 4, 2 and 1 bits: in each binary of a product op, in the committed manifest."""
+    """The same template at 8, 4, 2 and 1 bits: in each binary of a product op, in the committed manifest.
+
+    Before sm_80 one kernel reads all widths.
+    """
     files = json.loads((ROOT / "cubin" / "manifest.json").read_text())["files"]
+    files = {name: f for name, f in files.items() if int(f["arch"].rstrip("af")) >= 80}
     products = [f for f in files.values() if f["op"] in ("linear", "fused_qkv_rope", "fused_gate_up_silu")]
     assert len(products) == 3 * len({f["arch"] for f in files.values()})
     for entry in products:

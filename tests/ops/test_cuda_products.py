@@ -62,15 +62,22 @@ def test_default_mode(op: str, case: Case, storage: Storage) -> None:
     run_case(CONTRACTS[op], case, storage, run, alternatives=alternatives)
 
 
-def results(op: str, arrays: Mapping[str, np.ndarray], storage: Storage, scalars: Mapping[str, float]) -> Any:
-    """Every output, as computed in deterministic mode."""
+def results(
+    op: str,
+    arrays: Mapping[str, np.ndarray],
+    storage: Storage,
+    scalars: Mapping[str, float],
+    *,
+    deterministic: bool = True,
+) -> Any:
+    """Every output."""
     placed = {n: Placed(encode(a, storage[n]), dtype_named(storage[n]), a.shape, 0) for n, a in arrays.items()}
     T = len(arrays["x"])
     for name, width in (("out", arrays.get("weight", arrays.get("gate"))), ("q", arrays.get("wq"))):
         if width is not None:
             placed[name] = Placed.unwritten(DTYPES["f32"], (T, len(width)), 0)
     tensors = {a.name: placed[a.name].tensor if a.name in placed else None for a in CONTRACTS[op].arrays}
-    run(op, tensors, scalars, deterministic=True)
+    run(op, tensors, scalars, deterministic=deterministic)
     return {a.name: placed[a.name].values() for a in CONTRACTS[op].arrays if a.role != "in"}
 
 
@@ -137,6 +144,40 @@ def test_heads_get_the_same_bits_whatever_the_number_of_tokens(dtype: str, has_h
 WEIGHTS = ("wq", "wk", "wv")
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_one_launch_multiplies_both_16_bit_floats(T: int) -> None:
+    g = rng("both halves", T)
+    heads, kv_heads, head_dim, hidden = 4, 2, 32, 96
+    arrays = {
+        "x": normal(g, T, hidden),
+        "norm": normal(g, hidden),
+        "cos_sin": np.ones((T, 2, head_dim // 2), np.float32),
+        "positions": np.arange(T, dtype=np.int64),
+        "seq": np.zeros(T, np.int32),
+        "page_table": np.zeros((1, 1), np.int32),
+        "kv": np.zeros((1, 1, 2, kv_heads, 16, head_dim), np.float32),
+    }
+    for name, n in zip(WEIGHTS, (heads, kv_heads, kv_heads), strict=True):  # numbers that both types hold
+        arrays[name] = (g.integers(-128, 128, (n * head_dim, hidden)) / 256).astype(np.float32)
+    storage = dict.fromkeys(arrays, "f32") | {"positions": "i64", "seq": "i32", "page_table": "i32"}
+    scalars = {"layer": 0, "rope_style": 0, "eps": 1e-5, "qk_eps": 1e-6}
+    found = {}
+    for types in (("f16",) * 3, ("bf16",) * 3, ("f16", "bf16", "bf16"), ("bf16", "f16", "bf16")):
+        mixed = storage | dict(zip(WEIGHTS, types, strict=True))
+        found[types] = results("fused_qkv_rope", arrays, mixed, scalars, deterministic=False)
+        args = {n: Tensor(256, a.shape, dtype_named(mixed[n])) for n, a in arrays.items()}
+        args["q"] = Tensor(256, (T, heads * head_dim), DTYPES["f32"])
+        bound = CONTRACTS["fused_qkv_rope"].bind(
+            {a.name: args.get(a.name) for a in CONTRACTS["fused_qkv_rope"].arrays}, scalars
+        )
+        (launch,) = launches("fused_qkv_rope", bound, mixed, H200_LIKE, False)
+        assert launch.symbol == f"fused_qkv_rope__dot_half_t{1 if T == 1 else 4}_r{2 if T == 1 else 4}"
+    first, *others = found.values()
+    for other in others:
+        assert np.array_equal(other["q"], first["q"])
+        assert np.array_equal(other["kv"], first["kv"])
+
+
 H200_LIKE = DeviceProps(cc=(9, 0), num_sms=132, max_smem_optin=227 << 10)
 SMALLEST = DeviceProps(cc=(8, 6), num_sms=28, max_smem_optin=99 << 10)
 
@@ -158,7 +199,9 @@ def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
         for N in (1024, 4096, 151_936):
             (launch,) = of_linear(dtype, 1, 3072, N)
             is_packed = dtype in PACKED_DTYPES
-            family = f"gemv_q{dtype[1]}_one" if is_packed else f"dot_{dtype}_t1_r{2 if N == 1024 else 4}"
+            family = (
+                f"gemv_q{dtype[1]}_one" if is_packed else f"dot_{products.dot_kind(dtype)}_t1_r{2 if N == 1024 else 4}"
+            )
             assert launch.symbol == f"linear__{family}"
             assert launch.grid[0] >= (64 if is_packed else 128)  # there are no more tiles of sixteen rows
             assert launch.smem_nbytes <= H200_LIKE.max_smem_optin

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))  # behind the installed package, if there is one
 
 import build_cubins  # noqa: E402
-from tools import cubin_tree, nvcc  # noqa: E402
+from tools import cubin_tree, nvcc, nvrtc  # noqa: E402
 from tools.cubin_tree import Target, Tree  # noqa: E402
 from tools.nvcc import BuildError, Nvcc  # noqa: E402
 
@@ -24,6 +24,16 @@ TINY = """
 #include "common/scale.cuh"
 #include "generated/rope_table_args.h"
 extern "C" __global__ void __launch_bounds__(96) rope_table__tiny(const RopeTableArgs a) { a.cos_sin[0] = SCALE; }
+"""
+GREEDY = """
+extern "C" __global__ void __launch_bounds__(1024) rope_table__greedy(float *x) {
+  float v[160];
+#pragma unroll
+  for (int i = 0; i < 160; i++) v[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 160; i++) x[threadIdx.x * 160 + i] = v[159 - i] * v[(i * 7) % 160];
+}
 """
 TARGET = Target("rope_table", "80")
 
@@ -57,6 +67,31 @@ def manifest(tree: Tree) -> dict:
 
 
 @has_nvcc
+def test_kernels_of_one_architecture_alone(tree: Tree, compiler: Nvcc) -> None:
+    """They have a file in a folder named after it, and a binary beside those of all."""
+    (tree.kernels / "sm_90a").mkdir()
+    text = TINY.replace("__tiny", "__wide").replace('"common', '"../common').replace('"generated', '"../generated')
+    (tree.kernels / "sm_90a" / "rope_table.cu").write_text(text)
+    targets = build_cubins.chosen(tree, "90,90a", ("rope_table",), False)
+    assert [tree.source(t) for t in targets] == ["rope_table.cu", "sm_90a/rope_table.cu"]
+    assert build(tree, compiler, *targets) == []
+    files = manifest(tree)["files"]
+    assert list(files["sm_90a/rope_table.cubin"]["kernels"]) == ["rope_table__wide"]
+    assert build_cubins.check(tree, targets) == []
+    (tree.kernels / "rope_table.cu").write_text(TINY + "// another\n")
+    assert build_cubins.check(tree, targets) == ["sm_90/rope_table.cubin: older than its sources"]
+
+
+def test_an_architecture_with_kernels_of_its_own_needs_no_others(tree: Tree) -> None:
+    assert build_cubins.chosen(tree, "90a", ("rope_table",), False) == []
+
+
+def test_slow_products_of_warpgroups_fail_a_build() -> None:
+    said = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    assert nvcc.losses_in(f"ptxas info : fine\n{said}") == [said]
+
+
+@has_nvcc
 def test_a_build_describes_its_kernels_and_passes_the_check(tree: Tree, compiler: Nvcc) -> None:
     assert build(tree, compiler) == []
     entry = manifest(tree)["files"]["sm_80/rope_table.cubin"]
@@ -70,6 +105,27 @@ def test_a_build_describes_its_kernels_and_passes_the_check(tree: Tree, compiler
     if compiler.version.startswith(nvcc.OF_RECORD + "."):
         assert build_cubins.check(tree, [TARGET]) == []
     assert sorted(p.name for p in tree.cubin.iterdir()) == [".lock", "manifest.json", "sm_80"]
+
+
+@has_nvcc
+def test_an_architecture_that_shares_anothers_file(
+    tree: Tree, compiler: Nvcc, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [Target("rope_table", "86"), Target("rope_table", "89")]
+    assert build(tree, compiler, both[1]) == []
+    assert [p.parent.name for p in tree.cubin.glob("sm_*/*.cubin")] == ["sm_86"]
+    first, second = (manifest(tree)["files"][t.file] for t in both)
+    assert second == first | {"arch": "89", "same_as": both[0].file}
+    assert build_cubins.total_nbytes(manifest(tree)["files"]) == first["nbytes"]
+    capsys.readouterr()
+    assert build(tree, compiler, *both) == []
+    assert "0 built, 1 up to date" in capsys.readouterr().out
+    (tree.kernels / "common" / "scale.cuh").write_text("#define SCALE 3.0f\n")
+    build(tree, compiler, both[0])
+    problems = build_cubins.check(tree, both)
+    assert "sm_89/rope_table.cubin: not what sm_86/rope_table.cubin is" in problems
+    build(tree, compiler, *both)
+    assert "sm_89/rope_table.cubin" not in "".join(build_cubins.check(tree, both))
 
 
 @has_nvcc
@@ -159,19 +215,7 @@ def test_an_error_shows_file_and_line_and_spares_the_rest(tree: Tree, compiler: 
     [
         (TINY.replace("rope_table__tiny", "tiny"), "kernel tiny must be named rope_table__<variant>"),
         (TINY.replace("__launch_bounds__(96)", ""), "kernel rope_table__tiny has no __launch_bounds__"),
-        (
-            """
-extern "C" __global__ void __launch_bounds__(1024) rope_table__greedy(float *x) {
-  float v[160];
-#pragma unroll
-  for (int i = 0; i < 160; i++) v[i] = x[i * 1024 + threadIdx.x];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 160; i++) x[threadIdx.x * 160 + i] = v[159 - i] * v[(i * 7) % 160];
-}
-""",
-            "kernel rope_table__greedy spills",
-        ),
+        (GREEDY, "kernel rope_table__greedy spills"),
     ],
 )
 def test_kernels_that_break_the_rules_fail(tree: Tree, compiler: Nvcc, source: str, problem: str) -> None:
@@ -180,6 +224,16 @@ def test_kernels_that_break_the_rules_fail(tree: Tree, compiler: Nvcc, source: s
     assert len(problems) == 1
     assert problem in problems[0]
     assert manifest(tree)["files"] == {}
+
+
+@has_nvcc
+def test_spills_for_an_architecture_that_does_not_ship_are_told(
+    tree: Tree, compiler: Nvcc, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tree.kernels / "rope_table.cu").write_text(GREEDY)
+    assert build(tree, compiler, Target("rope_table", "120")) == []
+    assert "kernel rope_table__greedy spills" in capsys.readouterr().err
+    assert "sm_120/rope_table.cubin" in manifest(tree)["files"]
 
 
 @has_nvcc
@@ -242,7 +296,7 @@ def test_the_check_writes_nothing(built: Tree) -> None:
         ("abi_hash", "0", "built for another argument struct"),
         ("source_hash", "0", "older than its sources"),
         ("sha256", "0", "its bytes are not those the manifest describes"),
-        ("nbytes", 1 << 30, "at most 27 MB may be committed"),
+        ("nbytes", 1 << 30, "at most 20 MB may be committed"),
     ],
 )
 def test_what_does_not_fit_is_listed(built: Tree, field: str, value: object, problem: str) -> None:
@@ -370,6 +424,43 @@ def test_architectures_the_compiler_does_not_know() -> None:
     for arch in ("61", "80a", "91"):
         with pytest.raises(BuildError, match=f"does not know architecture '{arch}'; it knows 75, 80, 90"):
             compiler.check_arch(arch)
+
+
+def has_nvrtc() -> bool:
+    try:
+        nvrtc.find()
+    except BuildError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC 12.9")
+def test_an_architecture_that_nvcc_does_not_know_any_more(tree: Tree) -> None:
+    target, older = Target("rope_table", "61"), nvrtc.find()
+    unused = Nvcc(Path("nvcc"), "13.0.88", ("80",))
+    assert build_cubins.build(tree, unused, [target], 1, True, older) == []
+    entry = manifest(tree)["files"][target.file]
+    assert entry["nvcc"] == older.version
+    assert entry["kernels"]["rope_table__tiny"]["max_threads"] == 96
+    assert build_cubins.check(tree, [target]) == []
+    (tree.kernels / "rope_table.cu").write_text(TINY.replace("SCALE;", "NOTHING;"))
+    (problem,) = build_cubins.build(tree, unused, [target], 1, True, older)
+    assert problem.startswith("kernels_cu/rope_table.cu does not compile for sm_61:")
+    assert 'error: identifier "NOTHING" is undefined' in problem
+    with pytest.raises(BuildError, match=r"for architectures 60, 61, .* got '80'"):
+        older.check_arch("80")
+
+
+def test_without_nvrtc_the_others_are_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvrtc.sys, "path", [str(tmp_path)])
+    with pytest.raises(BuildError, match=r"below 75 are built by NVRTC 12\.9, .*pip install '\.\[cuda-build\]'"):
+        nvrtc.find()
+    asked = []
+    monkeypatch.setattr(build_cubins, "find", lambda: Nvcc(Path("nvcc"), "13.0.88", ("75", "80")))
+    monkeypatch.setattr(build_cubins, "build", lambda tree, nvcc, targets, *rest: asked.extend(targets) or [])
+    done = CliRunner().invoke(build_cubins.main, ["--arch", "61,75", "--op", "linear"])
+    assert (done.exit_code, asked) == (1, [Target("linear", "75")])
+    assert "NVRTC 12.9, which is not installed" in done.output
 
 
 @pytest.mark.parametrize(

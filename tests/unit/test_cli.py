@@ -153,6 +153,7 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         "device": "cuda:1",
         "dtype": "bf16",
         "threads": 3,
+        "kv_store": None,
         "context_length": 99,
         "deterministic": True,
     }
@@ -312,7 +313,10 @@ def test_json_is_one_object_and_nothing_else(model: FakeModel, capfd: pytest.Cap
             "prefill_tokens_per_s": 12.0,
             "decode_tokens_per_s": 16.0,
         },
-        "traffic": {"h2d_bytes": 8, "d2h_bytes": 4},
+        "traffic": {
+            **{"h2d_bytes": 8, "d2h_bytes": 4},
+            **{"kv_out_bytes": 0, "kv_out_s": 0.0, "kv_in_bytes": 0, "kv_in_s": 0.0},
+        },
     }
 
 

@@ -157,3 +157,15 @@ def test_a_shared_page_shows_its_best_protected_user_and_no_sequence() -> None:
     states = world.kv.page_states()
     assert (states[shared].sequence_id, states[shared].state) == (None, PROTECTED)
     assert (states[own].sequence_id, states[own].state) == (1, STANDBY)
+
+
+def test_what_is_preempted_leaves_the_working_set_first() -> None:
+    group = GroupState(SwapConfig())
+    for now in (0.0, 0.1, 0.2):
+        group.accessed(now)
+    assert group.at(0.2) is PageState.PROTECTED
+    group.preempted()
+    assert group.at(0.2) is PageState.STANDBY
+    group.swapped_in(0.3)
+    group.preempted()
+    assert group.at(0.3) is PageState.WARM

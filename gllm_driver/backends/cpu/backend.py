@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
+from cpu_backend.compile import source_key
 from cpu_backend.kernels import WEIGHT_DTYPES, all_entries
 from cpu_backend.memory import available_nbytes, memory_pressure
 from cpu_backend.program import Program
@@ -22,6 +25,7 @@ from ..base import (
     DecodeRow,
     KvCacheHandle,
     ModelWeights,
+    PageStage,
     Progress,
     SampleRow,
     WeightsHandle,
@@ -30,6 +34,7 @@ from ..base import (
 )
 from ..repack import repacked_weights
 from .decode import CpuDecodeLoop, Decoders
+from .stage import CpuStage
 from .steps import Steps, Workspace
 
 
@@ -47,6 +52,11 @@ class CpuBackend:
         self._steps = Steps(self._team, workspace, self._compiling)
         self._decoders = Decoders(self._team, workspace, self._compiling)
         self._forwards = 0
+        self._traffic = Traffic()
+
+    @property
+    def numerics(self) -> str:
+        return f"cpu {source_key()}"
 
     @property
     def num_threads(self) -> int:
@@ -193,15 +203,34 @@ class CpuBackend:
         raise UnsupportedError("the CPU backend does not rerank yet")
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
-        view = _pages(kv)
-        return view[checked(pages, len(view), "page")]
+        view, start = _pages(kv), perf_counter()
+        out = view[checked(pages, len(view), "page")]
+        self._count_pages(out.nbytes, perf_counter() - start, True)
+        return out
 
     def copy_pages_from_host(self, kv: KvCacheHandle, pages: Sequence[int], data: np.ndarray) -> None:
-        view = _pages(kv)
+        view, start = _pages(kv), perf_counter()
         view[checked(pages, len(view), "page")] = data
+        self._count_pages(len(pages) * kv.config.page_nbytes, perf_counter() - start, False)
+
+    def page_stage(self, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> PageStage:
+        nbytes = num_pages * num_buffers * kv.config.page_nbytes
+        if nbytes > available_nbytes():
+            raise CapacityError(
+                f"buffers for copies of KV pages need {nbytes / 2**30:.2f} GiB, {available_nbytes() / 2**30:.2f} GiB "
+                "are free"
+            )
+        return CpuStage(kv, num_pages, num_buffers, self._count_pages)
+
+    def _count_pages(self, nbytes: int, seconds: float, is_out: bool) -> None:
+        old = self._traffic
+        if is_out:
+            self._traffic = replace(old, kv_out_bytes=old.kv_out_bytes + nbytes, kv_out_s=old.kv_out_s + seconds)
+        else:
+            self._traffic = replace(old, kv_in_bytes=old.kv_in_bytes + nbytes, kv_in_s=old.kv_in_s + seconds)
 
     def traffic(self) -> Traffic:
-        return Traffic()
+        return self._traffic
 
     def close(self) -> None:
         self._steps.clear()

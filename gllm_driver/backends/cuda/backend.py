@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from .memory import free_nbytes, reserve
 from .pages import PageCopies
 from .runtime import Runtime
 from .sampling import Sampler
+from .stage import CudaStage
 from .steps import Steps
 from .swap import SwapSpace, SwapStats
 from .upload import upload
@@ -72,7 +72,15 @@ class CudaBackend:
         self._decoders = DecoderPool(self.runtime)
         self._sampler = Sampler(self.runtime)
         self._swaps: dict[int, SwapSpace] = {}  # by id of the cache
+        self._stages: dict[int, list[CudaStage]] = {}  # likewise
+        self._copies: dict[int, PageCopies] = {}  # likewise
         self._loops: weakref.WeakSet[CudaDecodeLoop] = weakref.WeakSet()
+
+    @property
+    def numerics(self) -> str:
+        about = self.device.properties
+        major, minor = about.cc
+        return f"cuda {major}.{minor} {about.num_sms} SMs {self.runtime.library.digest}"
 
     def upload_weights(
         self, model: ModelWeights, *, dtype: str = "auto", progress: Progress | None = None
@@ -105,12 +113,16 @@ class CudaBackend:
     def _tracked(self, handle: Any) -> Any:
         """`handle`; what was made for it goes when it goes, before its id can belong to another."""
         steps, decoders, swaps, key = self._steps, self._decoders, self._swaps, id(handle)
+        stages, copies = self._stages, self._copies
 
         def forget() -> None:
             steps.forget(key)
             decoders.forget(key)
-            if swap := swaps.pop(key, None):
-                swap.close()
+            for stage in stages.pop(key, ()):
+                stage.close()
+            for held in (swaps.pop(key, None), copies.pop(key, None)):
+                if held is not None:
+                    held.close()
 
         weakref.finalize(handle, forget).atexit = False
         return handle
@@ -155,7 +167,7 @@ class CudaBackend:
         """A forward pass in its place: logits of earlier ones are overwritten, copies of its pages come first."""
         self.runtime.num_forwards += 1
         for sequence in sequences:
-            self._before(kv, sequence.pages)
+            self._before(kv, sequence.pages, sequence.position // kv.config.page_size)
         return run()
 
     def to_host(self, tensor: Tensor) -> np.ndarray:
@@ -219,10 +231,13 @@ class CudaBackend:
             raise UnsupportedError("this KV cache has no swap space: call alloc_swap_space first")
         return self._swaps[id(kv)]
 
-    def _before(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
-        """Steps to come use `pages`: copies of them that are under way come first."""
+    def _before(self, kv: KvCacheHandle, pages: Sequence[int], first_written: int = 0) -> None:
+        """Steps to come use `pages` and write pages[first_written:]: copies under way that clash come first."""
+        spaces = [stage.space for stage in self._stages.get(id(kv), ())]
         if swap := self._swaps.get(id(kv)):
-            swap.before(pages)
+            spaces.append(swap)
+        for space in spaces:
+            space.before(pages, pages[first_written:])
 
     def _keep_apart(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
         """A decode loop does not ask again before each step: if it has such pages, its next step waits."""
@@ -247,29 +262,39 @@ class CudaBackend:
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
         out = np.empty((len(pages), kv.config.page_nbytes), np.uint8)
-        with self._page_copies(kv, pages) as copies:
-            copies.to_host(pages, out)
+        if len(pages):
+            self._page_copies(kv, pages).to_host(pages, out)
         return out
 
     def copy_pages_from_host(self, kv: KvCacheHandle, pages: Sequence[int], data: np.ndarray) -> None:
         rows = np.ascontiguousarray(np.broadcast_to(data, (len(pages), kv.config.page_nbytes)), np.uint8)
         if len(set(pages)) != len(pages):
             raise ValueError(f"a page comes twice: {sorted(pages)}")
-        with self._page_copies(kv, pages) as copies:
-            copies.from_host(pages, rows)
+        if len(pages):
+            self._page_copies(kv, pages).from_host(pages, rows)
 
-    @contextlib.contextmanager
-    def _page_copies(self, kv: KvCacheHandle, pages: Sequence[int]) -> Iterator[PageCopies]:
+    def _page_copies(self, kv: KvCacheHandle, pages: Sequence[int]) -> PageCopies:
+        """What moves pages of a cache, made when it is first wanted, after the copies of `pages` under way."""
         checked(pages, kv.config.num_pages, "page")
         self._before(kv, pages)
-        copies = PageCopies(self.runtime, kv, max(len(pages), 1))
-        try:
-            yield copies
-        finally:
-            copies.close()
+        if id(kv) not in self._copies:
+            self._copies[id(kv)] = PageCopies(self.runtime, kv)
+        return self._copies[id(kv)]
+
+    def page_stage(self, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> CudaStage:
+        stage = CudaStage(self.runtime, kv, num_pages, num_buffers)
+        self._stages.setdefault(id(kv), []).append(stage)
+        return stage
 
     def traffic(self) -> Traffic:
-        return self.device.traffic()
+        stats = [s.stats() for s in (*self._swaps.values(), *(s.space for of in self._stages.values() for s in of))]
+        return dataclasses.replace(
+            self.device.traffic(),
+            kv_out_bytes=sum(s.nbytes_out for s in stats),
+            kv_out_s=sum(s.seconds_out for s in stats),
+            kv_in_bytes=sum(s.nbytes_in for s in stats),
+            kv_in_s=sum(s.seconds_in for s in stats),
+        )
 
     def close(self) -> None:
         self.runtime.close()

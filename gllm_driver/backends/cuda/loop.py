@@ -13,8 +13,8 @@ from ..base import DecodeRow, KvCacheHandle, WeightsHandle
 from .decode import SLOTS, Decoder, DecoderPool
 from .runtime import Runtime
 
-Touch = Callable[[Sequence[int]], None]
-"""Told of pages before steps use them: copies of theirs that are under way come first."""
+Touch = Callable[[Sequence[int], int], None]
+"""Told of pages before steps use them, and from which on they write: copies that are under way come first."""
 
 
 @dataclass
@@ -62,8 +62,8 @@ class CudaDecodeLoop:
         self._held = _Held(pool, decoder)
         self._end = weakref.finalize(self, self._held.let_go)
         self._end.atexit = False
-        for pages in self._pages:
-            touch(pages)
+        for pages, position in zip(self._pages, self._positions, strict=True):
+            touch(pages, position // kv.config.page_size)
         self._set_limit()
         with runtime.device:
             decoder.start(rows)
@@ -102,7 +102,7 @@ class CudaDecodeLoop:
             return
         self._changes[row] = min(same, self._changes.get(row, same))
         self._pages[row] = list(pages)
-        self._touch(pages[same:])
+        self._touch(pages[same:], 0)
         self._set_limit()
 
     def uses(self, kv: KvCacheHandle, pages: Sequence[int]) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ...driver.graph import Graph
 from ...driver.launch import Function, PackedParams
+from ...driver.tensor_map import encode_tensor_map
 from ...launch import Launch, launches
 from ...ops import CONTRACTS
 from ...types import F32, I32, U8, Tensor
@@ -74,7 +75,7 @@ class Program:
             if num_counters:  # every launch leaves them so
                 runtime.device.fill(counters.address, 0, counters.nbytes, runtime.stream)
             for args, launch in self._calls:
-                params = PackedParams(args, *launch.extra_params(scratch.address, counters.address))
+                params = PackedParams(*launch.params(args, scratch.address, counters.address, encode_tensor_map))
                 self._ready.append(_Ready(runtime.function(launch), launch, params))
         return self
 

@@ -1,7 +1,8 @@
 """KV pages between the device and pinned slots on the host: a stream of their own, beside the steps.
 
-Copies wait for the steps issued before them; a step waits for copies of pages that it uses, and for no others. Copies
-follow each other in order, so a slot is never overwritten while an earlier copy still reads it.
+Copies wait for the steps issued before them; a step waits for copies into pages that it reads or writes and for copies
+of pages that it writes, and for no others. Copies follow each other in order, so a slot is never overwritten while an
+earlier copy still reads it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import contextlib
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ...driver.memory import size_text
 from ...driver.stream import Event
@@ -78,13 +81,15 @@ class SwapSpace:
         """Copy slots to pages. If it fails, the slots still hold what they held, the pages may not."""
         self._move(pages, slots, is_out=False)
 
-    def before(self, pages: Collection[int]) -> None:
-        """Let the steps to come wait for copies of these pages."""
+    def before(self, pages: Collection[int], written: Collection[int]) -> None:
+        """Let the steps to come, which use `pages` and write those of them that are `written`, wait for copies."""
         if not self._moves:
             return
         with self._runtime.device:
             self._settle()
-            last = next((m for m in reversed(self._moves) if not m.pages.isdisjoint(pages)), None)
+            last = next(
+                (m for m in reversed(self._moves) if not m.pages.isdisjoint(written if m.is_out else pages)), None
+            )
             if last is not None:  # copies run in order: it is the last of those it must wait for
                 self._runtime.stream.wait(last.done)
 
@@ -96,8 +101,9 @@ class SwapSpace:
 
     def stats(self) -> SwapStats:
         """The counters, of copies that are done."""
-        with self._runtime.device:
-            self._settle()
+        if self._moves:
+            with self._runtime.device:
+                self._settle()
         return self._stats
 
     def close(self) -> None:
@@ -112,6 +118,15 @@ class SwapSpace:
         self._idle_events.clear()
         self._stream.close()
         self._slots.free()
+
+    def slots(self) -> np.ndarray:
+        """The slots' memory, u8 [num_slots, page_nbytes]; not to be used after `close`."""
+        return self._slots.view()[: self.num_slots * self._config.page_nbytes].reshape(self.num_slots, -1)
+
+    def mark(self, event: Event) -> None:
+        """Record `event` after the copies issued so far."""
+        with self._runtime.device:
+            event.record(self._stream)
 
     def _move(self, pages: Sequence[int], slots: Sequence[int], *, is_out: bool) -> None:
         self._check(pages, slots)

@@ -26,7 +26,6 @@ from .transfer import Job, Span, Transfer, Window, windows
 
 JOB_NBYTES = 32 << 20  # of what is staged at a time
 DIRECT_JOB_NBYTES = 128 << 20  # of what is checked in its place at a time
-BLOCKS_ARE_PACKED = True  # whether products read packed types; else blocks lie as stored, packed only to be checked
 NUM_STAGES = 2  # one is converted while the next is filled
 FLAT = 1 << 14  # elements of a row of float tensors that are taken as one
 GRAIN = 128  # elements: where a float tensor may begin among others of its type
@@ -88,13 +87,8 @@ class Group:
         """Bytes of a job, in the source's type: whole rows of blocks."""
         if not self.source.is_quantized:
             return DIRECT_JOB_NBYTES if self.is_direct else JOB_NBYTES
-        rows = JOB_NBYTES // max(self.source.row_nbytes(self.K), self.checked_as.row_nbytes(self.K))
+        rows = JOB_NBYTES // max(self.source.row_nbytes(self.K), self.target.row_nbytes(self.K))
         return max(rows, 1) * self.source.row_nbytes(self.K)
-
-    @property
-    def checked_as(self) -> DType:
-        """The type that pack_weight makes of it."""
-        return (packed_dtype(self.source.name) or self.target) if self.source.is_quantized else self.target
 
 
 @dataclass(frozen=True)
@@ -105,12 +99,6 @@ class _Part:
     window: Window
     start: int
     size: int
-
-    @property
-    def scratch_nbytes(self) -> int:
-        """Bytes that packing takes where it is done for the check alone."""
-        group = self.group
-        return 0 if group.checked_as is group.target else group.nbytes_of(group.checked_as, self.size)
 
     def calls(self) -> Iterator[tuple[int, int, int]]:
         """(first element, rows, elements of a row) of the pack_weight calls that cover it."""
@@ -136,10 +124,8 @@ def upload(
         total += aligned(group.nbytes)
     parts = [part for group in groups for part in _parts(group)]
     staged = max((part.window.nbytes for part in parts if not part.group.is_direct), default=0)
-    scratch = max((part.scratch_nbytes for part in parts), default=0)
-    sizes = [staged] * NUM_STAGES + [scratch]
     num_rows = sum(rows for part in parts for _, rows, _ in part.calls())
-    needed, free = total + sum(map(aligned, sizes)) + 4 * num_rows, free_nbytes(device)
+    needed, free = total + NUM_STAGES * aligned(staged) + 4 * num_rows, free_nbytes(device)
     if needed > free:
         raise CapacityError(
             f"the weights need {size_text(needed)}, {device.name} has {size_text(free)} free of "
@@ -147,7 +133,7 @@ def upload(
         )
     slab = reserve(device, total, "the weights")
     try:
-        bad = _copy(runtime, slab, parts, sizes, num_rows, lambda done: progress(min(done, total), total))
+        bad = _copy(runtime, slab, parts, staged, num_rows, lambda done: progress(min(done, total), total))
         _raise_if_bad(bad, parts, model.path)
     except BaseException:
         slab.free()  # the error may be looked at for long
@@ -166,8 +152,7 @@ def device_dtype(tensor: Tensor, dtype: str) -> DType:
         return F32
     if dtype != "auto" and tensor.dtype.name in FLOAT_DTYPES:
         return DTYPES[dtype]
-    packed = packed_dtype(tensor.dtype.name) if BLOCKS_ARE_PACKED else None
-    return packed or tensor.dtype
+    return packed_dtype(tensor.dtype.name) or tensor.dtype
 
 
 def _plan(model: ModelWeights, dtype: str) -> tuple[dict[str, tuple[Group, int]], list[Group]]:
@@ -209,13 +194,13 @@ def _copy(
     runtime: Runtime,
     slab: DeviceBuffer,
     parts: Sequence[_Part],
-    sizes: Sequence[int],
+    staged_nbytes: int,
     num_rows: int,
     progress: Callable[[int], None],
 ) -> np.ndarray:
     """Everything in its place; what pack_weight found in each row: i32 [num_rows]."""
     device, stream = runtime.device, runtime.stream
-    *stages, scratch = (reserve(device, nbytes, "staged weights") for nbytes in sizes)
+    stages = [reserve(device, staged_nbytes, "staged weights") for _ in range(NUM_STAGES)]
     found = reserve(device, 4 * num_rows, "the check of the weights")
     jobs: list[Job] = []
     gates: list[threading.Event] = []
@@ -236,7 +221,7 @@ def _copy(
             with Transfer(device, jobs) as transfer:
                 for index, (part, job) in enumerate(zip(parts, jobs, strict=True)):
                     transfer.wait_issued(index, stream)
-                    row = _convert(runtime, part, job.address, slab, found, row, scratch)
+                    row = _convert(runtime, part, job.address, slab, found, row)
                     if job.gate is not None:
                         used += 1
                         if len(gates) >= used + NUM_STAGES:  # somebody waits for the stage that is free after this
@@ -251,7 +236,7 @@ def _copy(
             return bad
     finally:
         free.close()
-        for buffer in (*stages, scratch, found):
+        for buffer in (*stages, found):
             buffer.free()
         device.trim()
 
@@ -263,20 +248,17 @@ def _convert(
     slab: DeviceBuffer,
     found: DeviceBuffer,
     row: int,
-    scratch: DeviceBuffer,
 ) -> int:
     """Queue the pack_weight calls of a part whose bytes are at `raw`; the number of the next free row of `found`."""
     group, program = part.group, runtime.program()
     for start, rows, K in part.calls():
         source = raw + group.nbytes_of(group.source, start - part.start)
         target = slab.address + group.offset + group.nbytes_of(group.target, start)
-        if group.checked_as is not group.target:
-            target = scratch.address
         program.add(
             "pack_weight",
             {
                 "raw": Tensor(source, (rows, K), group.source),
-                "out": Tensor(target, (rows, K), group.checked_as, slab),
+                "out": Tensor(target, (rows, K), group.target, slab),
                 "bad": Tensor(found.address + 4 * row, (rows,), I32, found),
             },
         )

@@ -47,6 +47,7 @@ class BlockFormat(ABC):
     scale_offsets: tuple[int, ...] = (0,)
     can_encode: bool = True
     has_minimums: bool = False
+    takes_importance: bool = False  # `quantize` can weigh its errors
     is_exact_in_bf16: bool = False  # every value is a bf16 number, while f16 may lack its exponent
     # Smallest and largest quant − zero, for formats whose scales and minimums are f16 numbers as they are stored: a
     # format of more bits holds the same values exactly. None: scales are products that f16 would round.
@@ -64,8 +65,9 @@ class BlockFormat(ABC):
     def block_nbytes(self) -> int:
         return self.dtype.block_nbytes
 
-    def quantize(self, values: np.ndarray) -> np.ndarray:
-        """f32 [..., K] → u8, the last axis in bytes.
+    def quantize(self, values: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        """f32 [..., K] → u8, the last axis in bytes. importance f32 [K]: what a squared error costs in each column, for
+        formats that take it.
 
         ValueError unless K is whole blocks, all values are finite and their scales fit in f16, and for formats that
         are only read.
@@ -77,7 +79,7 @@ class BlockFormat(ABC):
         if not np.isfinite(values).all():
             raise ValueError(f"{self.name} cannot hold NaN or infinities; the values contain some")
         largest = np.abs(values).max(initial=0)
-        blocks = self._encode(values.reshape(-1, self.block_size)) if largest < _TOO_LARGE else None
+        blocks = self._weighed(values, importance) if largest < _TOO_LARGE else None
         if blocks is None or self.first_bad_block(blocks) >= 0:
             raise ValueError(f"{self.name} cannot hold values up to {largest:.3g}: their scales overflow f16")
         return blocks.reshape(*values.shape[:-1], row_nbytes)
@@ -109,6 +111,13 @@ class BlockFormat(ABC):
         if data.dtype != np.uint8 or data.size != nbytes:
             raise ValueError(f"{self.name} {shape} needs {nbytes} bytes as uint8, got {data.size} of {data.dtype}")
         return np.ascontiguousarray(data).reshape(-1, self.block_nbytes)
+
+    def _weighed(self, values: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+        blocks = values.reshape(-1, self.block_size)
+        if importance is None or not self.takes_importance:
+            return self._encode(blocks)
+        tiled = np.broadcast_to(importance, values.shape).reshape(blocks.shape)
+        return self._encode(blocks, tiled)  # type: ignore[call-arg]
 
     def _encode(self, blocks: np.ndarray) -> np.ndarray:
         """f32 [N, block_size] → u8 [N, block_nbytes]."""

@@ -11,12 +11,17 @@ from .base import BlockFormat, Planes, dtype_of, f16_at, f16_bytes, pack_bits, r
 from .search import search_minimum, search_signed, signed_scales
 
 
+def as_parts(importance: np.ndarray | None, part: int) -> np.ndarray | None:
+    """[N, block_size] → one row for each sub-block of `part` elements."""
+    return None if importance is None else importance.reshape(-1, part)
+
+
 def _encode_with_minimums(
-    blocks: np.ndarray, part: int, bits: int, scale_bits: int
+    blocks: np.ndarray, importance: np.ndarray | None, part: int, bits: int, scale_bits: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(d and dmin as bytes [N, 4], integer scales and minimums [N, G], quants u8 [N, 256]); sub-blocks of `part`."""
     parts = blocks.reshape(len(blocks), -1, part)
-    found = search_minimum(parts.reshape(-1, part), bits)
+    found = search_minimum(parts.reshape(-1, part), bits, as_parts(importance, part))
     top = np.float32((1 << scale_bits) - 1)
     header, integers, stored = [], [], []
     for values in found:
@@ -37,11 +42,12 @@ class Q2_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q2_k")
+    takes_importance = True
     has_minimums = True
     scale_offsets = (80, 82)
 
-    def _encode(self, blocks: np.ndarray) -> np.ndarray:
-        header, scales, minimums, quants = _encode_with_minimums(blocks, 16, 2, 4)
+    def _encode(self, blocks: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        header, scales, minimums, quants = _encode_with_minimums(blocks, importance, 16, 2, 4)
         return np.concatenate([scales | minimums << np.uint8(4), pack_bits(quants, 2, 32), header], axis=1)
 
     def _unpack(self, blocks: np.ndarray) -> Planes:
@@ -58,11 +64,14 @@ class Q3_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q3_k")
+    takes_importance = True
     scale_offsets = (108,)
 
-    def _encode(self, blocks: np.ndarray) -> np.ndarray:
+    def _encode(self, blocks: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         parts = blocks.reshape(len(blocks), 16, 16)
-        tail, sixth = signed_scales(search_signed(parts.reshape(-1, 16), 4).reshape(-1, 16), 32)
+        tail, sixth = signed_scales(
+            search_signed(parts.reshape(-1, 16), 4, as_parts(importance, 16)).reshape(-1, 16), 32
+        )
         stored = (f16_at(tail, 0) * sixth)[:, :, None]
         quants = np.clip(np.rint(parts * reciprocal(stored)), -4, 3) + np.float32(4)
         quants = quants.astype(np.uint8).reshape(len(blocks), 256)
@@ -107,11 +116,12 @@ class Q4_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q4_k")
+    takes_importance = True
     has_minimums = True
     scale_offsets = (0, 2)
 
-    def _encode(self, blocks: np.ndarray) -> np.ndarray:
-        header, scales, minimums, quants = _encode_with_minimums(blocks, 32, 4, 6)
+    def _encode(self, blocks: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        header, scales, minimums, quants = _encode_with_minimums(blocks, importance, 32, 4, 6)
         return np.concatenate([header, pack_six_bits(scales, minimums), pack_bits(quants, 4, 32)], axis=1)
 
     def _unpack(self, blocks: np.ndarray) -> Planes:
@@ -124,11 +134,12 @@ class Q5_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """As q4_k, with 32 bytes of fifth bits before the nibbles: bit s of byte j is that of element j of sub-block s."""
 
     dtype = dtype_of("q5_k")
+    takes_importance = True
     has_minimums = True
     scale_offsets = (0, 2)
 
-    def _encode(self, blocks: np.ndarray) -> np.ndarray:
-        header, scales, minimums, quants = _encode_with_minimums(blocks, 32, 5, 6)
+    def _encode(self, blocks: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+        header, scales, minimums, quants = _encode_with_minimums(blocks, importance, 32, 5, 6)
         fifth, low = pack_bits(quants >> np.uint8(4), 1, 32), pack_bits(quants & np.uint8(15), 4, 32)
         return np.concatenate([header, pack_six_bits(scales, minimums), fifth, low], axis=1)
 
@@ -145,11 +156,12 @@ class Q6_KFormat(BlockFormat):  # noqa: N801 - the format's own name
     """
 
     dtype = dtype_of("q6_k")
+    takes_importance = True
     scale_offsets = (208,)
 
-    def _encode(self, blocks: np.ndarray) -> np.ndarray:
+    def _encode(self, blocks: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         parts = blocks.reshape(len(blocks), 16, 16)
-        scales = search_signed(parts.reshape(-1, 16), 32).reshape(-1, 16)
+        scales = search_signed(parts.reshape(-1, 16), 32, as_parts(importance, 16)).reshape(-1, 16)
         tail, eighth = signed_scales(scales, 128)
         stored = (f16_at(tail, 0) * eighth)[:, :, None]
         quants = np.clip(np.rint(parts * reciprocal(stored)), -32, 31) + np.float32(32)

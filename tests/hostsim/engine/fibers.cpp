@@ -1,6 +1,8 @@
 // Scheduling of fibers: who runs next, barriers, warp collectives, and what is wrong when nobody can run.
 #include "fibers.h"
 
+#include "hopper.h"
+
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -15,7 +17,8 @@ namespace {
 
 const char *name_of(Wait kind) {
   static const char *const names[] = {"nothing", "__syncwarp", "__shfl_sync", "a vote", "a warp reduction",
-                                      "mma",     "ldmatrix",   "__syncthreads", "named_barrier_sync"};
+                                      "mma",     "ldmatrix",   "__syncthreads", "named_barrier_sync",
+                                      "mbarrier_wait"};
   return names[static_cast<int>(kind)];
 }
 
@@ -156,6 +159,31 @@ void yield() {
   if (next != &me) resume(me, next, false);
 }
 
+HOSTSIM_NO_TSAN void wait_on(const void *mbarrier, int line) {
+  Fiber &me = *engine->current;
+  me.waits_on = mbarrier;
+  wait_until_ready(me, Wait::kMbarrier, line);
+}
+
+namespace {
+
+bool waits_on(const Fiber &fiber, const void *mbarrier) {
+  return fiber.state == Fiber::kWaiting && fiber.wait == Wait::kMbarrier && fiber.waits_on == mbarrier;
+}
+
+}  // namespace
+
+void wake_waiting(const void *mbarrier) {
+  for (int i = 0; i < engine->num_warps * 32; i++)
+    if (waits_on(engine->fibers[i], mbarrier)) set_ready(engine->fibers[i]);
+}
+
+bool is_waited_for(const void *mbarrier) {
+  for (int i = 0; i < engine->num_warps * 32; i++)
+    if (waits_on(engine->fibers[i], mbarrier)) return true;
+  return false;
+}
+
 HOSTSIM_NO_TSAN void warp_wait(uint32_t mask, Wait kind, int immediate, int line, Complete complete) {
   Fiber &me = *engine->current;
   Warp &warp = engine->warps[me.slot];
@@ -206,6 +234,8 @@ HOSTSIM_NO_TSAN void exit_fiber() {
   Fiber &me = *engine->current;
   Warp &warp = engine->warps[me.slot];
   if (!me.copies.empty()) fail("exited with %zu cp.async not waited for", me.copies.size());
+  check_thread_is_done();
+  if (engine->num_live == 1) check_block_is_done();
   if (engine->num_live == engine->num_threads)
     engine->barriers_at_exit = me.num_barriers;
   else if (engine->barriers_at_exit != me.num_barriers)

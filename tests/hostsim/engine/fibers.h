@@ -24,11 +24,12 @@ namespace hs {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kMaxBarriers = 16;
+constexpr int kMaxBarriers = 16;  // that kernels can name
+constexpr int kMaxWarpgroups = kMaxThreads / 128;  // each has a barrier of its own behind those
 constexpr int kMaxPending = 8;  // collectives of one warp, on disjoint masks, that may wait at once
 constexpr uint32_t kFullMask = ~0u;
 
-enum class Wait : uint8_t { kNone, kSyncwarp, kShuffle, kVote, kReduce, kMma, kLdmatrix, kSyncthreads, kNamedBarrier };
+enum class Wait : uint8_t { kNone, kSyncwarp, kShuffle, kVote, kReduce, kMma, kLdmatrix, kSyncthreads, kNamedBarrier, kMbarrier };
 
 struct Warp;
 // Computes the outputs of a collective for the lanes in `mask`, once all of them have put their inputs.
@@ -67,6 +68,7 @@ struct Fiber {
   State state;
   Wait wait;
   int line, barrier_id;
+  const void *waits_on;  // an mbarrier
   unsigned num_barriers, num_syncwarps;
   std::vector<AsyncCopy> copies;
   uint32_t copy_group;
@@ -92,6 +94,8 @@ struct Config {
   int num_threads = 1;  // CPU threads that run blocks side by side
 };
 
+struct Hopper;  // hopper.cpp
+
 struct Engine {
   Config config;
   Fiber *fibers;  // [kMaxThreads], index = slot * 32 + position
@@ -102,7 +106,7 @@ struct Engine {
   dim3 grid_dim, block_dim;
   int num_threads, num_warps, num_live;
   uint32_t ready_slots;
-  int arrived[kMaxBarriers];
+  int arrived[kMaxBarriers + kMaxWarpgroups];
   const Kernel *kernel;
   void *const *params;
   size_t dynamic_nbytes = 0;
@@ -110,7 +114,8 @@ struct Engine {
   unsigned barriers_at_exit = 0;
   std::string error;
   bool failed = false, stacks_dirty = false;
-  char sync_start, sync_end, sync_shared, sync_barrier[2][kMaxBarriers], sync_warp[2][kMaxWarps];  // for TSan
+  Hopper *hopper = nullptr;
+  char sync_start, sync_end, sync_shared, sync_barrier[2][kMaxBarriers + kMaxWarpgroups], sync_warp[2][kMaxWarps];  // for TSan
 };
 
 // Initial-exec TLS: one pointer fits the space the loader keeps for libraries opened late.
@@ -120,6 +125,9 @@ Engine *this_threads_engine();
 [[noreturn]] void fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void block_barrier(int id, int num_threads, int line);
 void warp_wait(uint32_t mask, Wait kind, int immediate, int line, Complete complete);
+void wait_on(const void *mbarrier, int line);
+void wake_waiting(const void *mbarrier);
+bool is_waited_for(const void *mbarrier);
 void yield();
 void *shared_array(const void *tag, size_t nbytes, size_t alignment);
 bool run_block(const Kernel &kernel, void *const *params, uint64_t seed);

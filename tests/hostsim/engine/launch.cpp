@@ -12,6 +12,7 @@
 
 #include "fault.h"
 #include "fibers.h"
+#include "hopper.h"
 
 namespace hs {
 
@@ -226,6 +227,7 @@ HOSTSIM_NO_TSAN bool run_block(const Kernel &kernel, void *const *params, uint64
   acquire(&engine->sync_end);  // the launcher only: fibers of later blocks do not inherit it
   drop_shared();
   set_up_block(seed);
+  start_hopper();
   engine->kernel = &kernel;
   engine->params = params;
   char here;

@@ -35,7 +35,8 @@ ENTRY cuGetErrorString(Result code, const char **text) {
   X(cuEventCreate) X(cuEventDestroy) X(cuEventRecord) X(cuEventSynchronize) X(cuEventQuery) X(cuEventElapsedTime)    \
   X(cuLaunchKernel) X(cuLaunchKernelEx) X(cuStreamBeginCapture) X(cuStreamEndCapture) X(cuStreamIsCapturing)         \
   X(cuGraphGetNodes) X(cuGraphNodeGetType) X(cuGraphDestroy) X(cuGraphInstantiate) X(cuGraphExecDestroy)             \
-  X(cuGraphUpload) X(cuGraphLaunch) X(cuGetErrorName) X(cuGetErrorString)
+  X(cuGraphUpload) X(cuGraphLaunch) X(cuGetErrorName) X(cuGetErrorString)             \
+  X(cuTensorMapEncodeTiled)
 
 #define X(name) extern "C" void name();
 namespace declared {

@@ -1,0 +1,1 @@
+"""A model into another file: which type each matrix gets, what decides its rounding, and the file itself."""
