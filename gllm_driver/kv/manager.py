@@ -46,7 +46,7 @@ class KvManager:
 
     With a `merger`, sequences that must make room have their old pages merged first, and leave only when that is not
     enough. Merged KV is not exact: nothing computed after it is ever found by another sequence, and `drop` or `close`
-    ends it. `is_lossy`: nor is what the copier brings back.
+    ends it.
     """
 
     def __init__(
@@ -61,13 +61,11 @@ class KvManager:
         prefix_reuse: bool = True,
         policy: VictimPolicy | None = None,
         merger: PageMerger | None = None,
-        is_lossy: bool = False,
     ) -> None:
         self.pool = pool
         self.config = config
         self.policy: VictimPolicy = policy or Hgal(config)
         self._merger = merger
-        self._is_lossy = is_lossy
         self._clock = clock
         self._groups: dict[int, Group] = {}
         self._index = PrefixIndex(pool.page_size, root_key) if prefix_reuse else None
@@ -122,6 +120,10 @@ class KvManager:
     def is_resident(self, seq_id: int) -> bool:
         """Whether all its KV is on the device (true of a sequence that has none yet)."""
         return self._groups[seq_id].is_resident
+
+    def is_exact(self, seq_id: int) -> bool:
+        """Whether nothing of its KV was merged, nor computed after KV that was: only then may it be kept for others."""
+        return not self._groups[seq_id].is_distilled
 
     def pages(self, seq_id: int) -> Sequence[int]:
         """The page table, a list that grows in place; empty while the sequence is on the host."""
@@ -178,7 +180,6 @@ class KvManager:
         self._book.leave_host(group.blocks)
         group.is_resident = True
         group.was_missed = True
-        group.is_findable &= not self._is_lossy
         group.pages = group.table()
         group.state.swapped_in(self._clock())
         counters = self._counters

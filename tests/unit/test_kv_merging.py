@@ -64,8 +64,10 @@ def test_a_sequence_goes_on_with_fewer_pages(ratio: int) -> None:
     world.compute(1, len(TOKENS))
     world.tokens[1] = TOKENS
     world.now += 5
+    assert world.kv.is_exact(1)
     assert world.kv.swap_out(1)
     assert world.kv.is_resident(1)
+    assert not world.kv.is_exact(1)
     world.kv.audit()
     assert len(world.kv.pages(1)) == 10
     assert len(set(world.kv.pages(1))) == 10 - 8 + 8 // ratio
@@ -154,5 +156,6 @@ def test_after_a_write_that_fails_the_sequence_is_computed_again() -> None:
     with pytest.raises(BackendError, match="was lost"):
         world.kv.bring_in(1, ())
     world.drop(1)
+    assert world.kv.is_exact(1)
     assert world.compute(1, len(TOKENS))
     world.verify()
