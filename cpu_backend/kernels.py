@@ -21,6 +21,7 @@ OPS = (
     "sample",
     "kv_pages",
     "pack_weight",
+    "pool_rows",
 )
 WEIGHT_DTYPES: tuple[str, ...] = tuple(
     d for d in DTYPES if d in FLOAT_DTYPES or block_format(d) is not None

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .backends.base import Backend
+    from .backends.pooling import Pooling
+    from .embedding import SequenceReader
     from .engine.async_engine import AsyncEngine
     from .engine.core import LogitsVisitor
     from .kv.store import KvStore
@@ -291,6 +293,31 @@ class LLM:
     def sequences_at_once(self, length: int, first: int) -> int:
         """How many sequences of so many tokens suit one call of `read_logits`."""
         return self._engine.sequences_at_once(length, first)
+
+    def embed(
+        self, texts: Sequence[str | Sequence[int]], *, pooling: Pooling | None = None, normalize: bool = True
+    ) -> np.ndarray:
+        """Vectors of texts (or token ids): f32 [len(texts), hidden_size], of length 1 where `normalize`.
+
+        pooling: the final hidden state of the "last" token, of the first one ("cls"), or the "mean" of all; without it
+        what the model's files say (1_Pooling/config.json), or the last. Raises RequestError, CapacityError.
+        """
+        return self._sequence_reader.embed(texts, pooling, normalize)
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[float]:
+        """How well each document answers the query; higher is better, 0 … 1 where the model has no head that scores.
+
+        A model with such a head (…ForSequenceClassification, one label) gives its score. Any other is asked, in the
+        words of Qwen3-Reranker, and its probability of "yes" against "no" counts. Options: `template` with {query},
+        {document} and {instruction}, `instruction`, `answers` (the two words). Raises RequestError, CapacityError.
+        """
+        return self._sequence_reader.rerank(query, documents, **options)
+
+    @cached_property
+    def _sequence_reader(self) -> SequenceReader:
+        from .embedding import SequenceReader
+
+        return SequenceReader(self._engine, lambda text: self.tokenizer.encode(text), self.arch, self.path)
 
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat format, ready to be answered.

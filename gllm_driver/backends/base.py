@@ -13,6 +13,7 @@ import numpy as np
 
 from ..config import KvCacheConfig, SamplingConfig
 from ..types import BatchInput, LogitsTensor, PageMetadata, PageState, SequenceInput, Tensor, Traffic
+from .pooling import Pooling
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): stage is "download", "load" or "compile"; done == total ends it."""
@@ -40,6 +41,7 @@ class StepTensors:
     logits_rows: Tensor | None  # [R] i32, tokens whose logits are wanted; None: every token's
     logits: Tensor | None  # [R or T, vocab] f32; None: no logits wanted
     is_decode: bool  # every sequence has exactly one token
+    hidden: Tensor | None = None  # [T, D] f32, final hidden states, where those are wanted
 
 
 class Forward(Protocol):
@@ -236,11 +238,21 @@ class Backend(Protocol):
     def available_memory(self) -> int:
         """Bytes of the device's memory that could be reserved now."""
 
-    def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        """Final hidden states pooled per sequence."""
+    def embedding_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, pooling: Pooling = "last"
+    ) -> np.ndarray:
+        """Final hidden states pooled per sequence, f32 [S, D] on the host: all that crosses the bus.
 
-    def rerank_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        """Relevance scores of (query, document) sequences."""
+        The batch has whole sequences of any lengths; they are computed in steps of bounded size. pooling: the last
+        token's, the first one's ("cls"), or the mean of all.
+        """
+
+    def rerank_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, ids: Sequence[int] | None = None
+    ) -> np.ndarray:
+        """Scores of whole sequences, f32 [S, N] on the host: by the head of a model for classification (its labels),
+        or, with `ids`, the logits of those tokens after the last one. Raises RequestError where there is no head.
+        """
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
         """Contents of pages, as bytes [len(pages), page_nbytes]."""

@@ -116,10 +116,10 @@ class KernelLibrary:
             self.module(entry)
 
     def _used(self) -> list[CubinEntry]:
-        """The best whole set for this device, and what adds to it."""
+        """All binaries for this device, but for whole sets behind the best one, which has every kernel of theirs."""
+        behind = self.archs[1:]
         ops = dict.fromkeys(op for op, _ in self.manifest.entries)
-        fitting = [entry for op in ops for entry in self.entries(op)]
-        return [e for e in fitting if e.arch == self.archs[0] or e.arch not in self.archs]
+        return [entry for op in ops for entry in self.entries(op) if entry.arch not in behind]
 
     def _no_image(self, what: str, archs: list[str] | tuple[str, ...]) -> NoKernelImage:
         there_are = ", ".join(f"sm_{a}" for a in archs) or "none"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -28,6 +29,9 @@ LOGITS_CHUNK = 256  # tokens of one step whose logits are all read
 
 LogitsVisitor = Callable[[int, int, np.ndarray], None]
 """Told of logits: (index of the sequence, position of the first row, f32 [n, vocab])."""
+
+WholeForward = Callable[[Backend, WeightsHandle, KvCacheHandle, BatchInput], np.ndarray]
+"""A forward pass over whole sequences, whose result has a row for each."""
 
 
 @dataclass(frozen=True)
@@ -341,6 +345,27 @@ class Core:
 
         The tokens before are computed together. Running sequences yield their pages if need be.
         """
+        with self._borrowed(sequences, ids) as pages:
+            self._compute_before(sequences, pages, first)
+            for i, tokens in enumerate(sequences):
+                for start in range(first, len(tokens), LOGITS_CHUNK):
+                    piece = SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages[i])
+                    visit(i, start, self.backend.logits_forward(self.weights, self.kv, piece))
+
+    def compute_whole(
+        self, sequences: Sequence[Sequence[int]], ids: Sequence[int], compute: WholeForward
+    ) -> np.ndarray:
+        """What a forward pass over whole sequences (named `ids`) gives, rows in their order.
+
+        Running sequences yield their pages if need be.
+        """
+        with self._borrowed(sequences, ids) as pages:
+            batch = BatchInput([SequenceInput(tokens, 0, own) for tokens, own in zip(sequences, pages, strict=True)])
+            return compute(self.backend, self.weights, self.kv, batch)
+
+    @contextmanager
+    def _borrowed(self, sequences: Sequence[Sequence[int]], ids: Sequence[int]) -> Iterator[list[Sequence[int]]]:
+        """Pages for sequences that nobody schedules, for as long as the context lasts; no request goes on meanwhile."""
         self.absorb()
         self._doubt = _Doubt.PAGES
         self._runner.close()
@@ -353,11 +378,7 @@ class Core:
                 taken.append(seq_id)
                 self.manager.pin(seq_id)  # or it could be moved to the host for the next one
             self._doubt = _Doubt.LOOP
-            self._compute_before(sequences, pages, first)
-            for i, tokens in enumerate(sequences):
-                for start in range(first, len(tokens), LOGITS_CHUNK):
-                    piece = SequenceInput(tokens[start : start + LOGITS_CHUNK], start, pages[i])
-                    visit(i, start, self.backend.logits_forward(self.weights, self.kv, piece))
+            yield pages
         finally:
             self._doubt = _Doubt.PAGES
             for seq_id in taken:

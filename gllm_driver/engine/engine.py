@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..kv.pages import PagePool
 from ..metrics import Metrics
 from ..sched.request import Request, RunningSequence
 from ..sched.scheduler import Scheduler
-from .core import Core, EngineConfig, LogitsVisitor
+from .core import Core, EngineConfig, LogitsVisitor, WholeForward
 from .handle import RequestHandle
 
 
@@ -196,6 +196,24 @@ class Engine:
         finally:
             self._wake()
 
+    def compute_whole(self, sequences: Sequence[Sequence[int]], compute: WholeForward) -> np.ndarray:
+        """What `compute` gives for whole sequences, rows in their order: as many at a time as there are pages for.
+
+        Meanwhile no request goes on. Raises RequestError, CapacityError.
+        """
+        for tokens in sequences:
+            self.check_tokens(tokens)
+            if len(tokens) > self.context_length:
+                raise CapacityError(f"{len(tokens)} tokens do not fit in a context of {self.context_length}")
+        found: list[np.ndarray] = []
+        try:
+            for group in _fitting(sequences, self._core.pool):
+                with self._stepping:
+                    found.append(self._core.compute_whole(group, [next(self._ids) for _ in group], compute))
+        finally:
+            self._wake()
+        return np.concatenate(found)
+
     def sequences_at_once(self, length: int, first: int) -> int:
         """How many sequences of so many tokens `read_logits` takes with profit."""
         return self._core.sequences_at_once(length, first)
@@ -223,3 +241,18 @@ class Engine:
     def audit(self) -> None:
         """Raise AssertionError unless the books agree with each other. Between steps only."""
         self._core.audit()
+
+
+def _fitting(sequences: Sequence[Sequence[int]], pool: PagePool) -> Iterator[list[Sequence[int]]]:
+    """The sequences in order, as many at a time as the device's pages hold together."""
+    group: list[Sequence[int]] = []
+    left = pool.num_pages
+    for tokens in sequences:
+        pages = pool.pages_for(len(tokens))
+        if group and pages > left:
+            yield group
+            group, left = [], pool.num_pages
+        group.append(tokens)
+        left -= pages
+    if group:
+        yield group

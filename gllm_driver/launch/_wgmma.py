@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from ..packed_types import PACKED_DTYPES
 from . import _products as products
 from .base import DeviceProps, Launch, TensorMap, ceil_div
 
@@ -17,6 +20,10 @@ MIN_TOKENS = 65  # fewer fill no tile: mma_gemm's are smaller
 ROW_NBYTES = 128  # of a tile in shared memory: 64 elements
 PAIR_NBYTES = 8
 THREADS = 384
+UNPACKED = "f16"  # what packed weights become, whose integers and scales f16 holds
+MAX_UNPACKED_NBYTES = 512 << 20  # of one op's weights: scratch that must fit beside the model
+UNPACK_THREADS = 128
+UNPACK_ARGS = np.dtype([("weight", "<u8"), ("to", "<i8"), ("K", "<i4"), ("code", "<i4")])
 BARRIER_NBYTES = 16  # two of a stage, two of the groups
 
 
@@ -40,6 +47,58 @@ class WgmmaShape:
 LARGE = WgmmaShape(128, 256, 4)
 SMALL = WgmmaShape(128, 128, 6)
 SHAPES = (LARGE, SMALL)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Weights as products take them, and the launches that make them so."""
+
+    dtype: str
+    maps: list[TensorMap]
+    launches: list[Launch]
+
+
+def operands(
+    weights: Sequence[tuple[str, int]], widths: Sequence[int], K: int, box_rows: int, scratch_nbytes: int
+) -> Operands:
+    """Weights (dtype, address) of so many rows: where they lie, or unpacked behind `scratch_nbytes` of scratch."""
+    if weights[0][0] not in PACKED_DTYPES:
+        maps = [
+            TensorMap(weight[1], width, K, weight[0], box_rows) for weight, width in zip(weights, widths, strict=True)
+        ]
+        return Operands(weights[0][0], maps, [])
+    places = [_aligned(scratch_nbytes)]
+    for width in widths:
+        places.append(_aligned(places[-1] + width * K * 2))
+    maps, found = [], []
+    for (dtype, address), width, place in zip(weights, widths, places[:-1], strict=True):
+        packed = PACKED_DTYPES[dtype]
+        args = np.array((address, place, K, packed.code), UNPACK_ARGS)
+        symbol = f"pack_weight__unpack_q{packed.bits}"
+        found.append(Launch(symbol, (width, 1, 1), (UNPACK_THREADS, 1, 1), 0, places[-1], args=args))
+        maps.append(TensorMap(place, width, K, UNPACKED, box_rows, in_workspace=True))
+    return Operands(UNPACKED, maps, found)
+
+
+def fits_unpacked(
+    weights: Sequence[tuple[str, int]],
+    T: int,
+    K: int,
+    widths: Sequence[int],
+    paired: Iterable[int],
+    device: DeviceProps,
+    deterministic: bool,
+) -> bool:
+    """As `fits`, of packed weights that are unpacked first."""
+    return (
+        all(dtype in PACKED_DTYPES for dtype, _ in weights)
+        and sum(widths) * K * 2 <= MAX_UNPACKED_NBYTES
+        and fits([(UNPACKED, 0)] * len(weights), T, K, widths, paired, device, deterministic)
+    )
+
+
+def _aligned(nbytes: int) -> int:
+    return ceil_div(nbytes, 256) * 256
 
 
 def fits(

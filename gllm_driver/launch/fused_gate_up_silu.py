@@ -9,7 +9,7 @@ import numpy as np
 from . import _packed as packed
 from . import _products as products
 from . import _wgmma as wgmma
-from .base import DeviceProps, Launch, TensorMap, ceil_div
+from .base import DeviceProps, Launch, ceil_div
 
 OP = "fused_gate_up_silu"
 
@@ -23,13 +23,15 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     dtype = dtypes["up"]
     units = ceil_div(F, products.TILE_ROWS * (1 if "gate" in dtypes else 2))
     is_mixed = dtypes.get("gate", dtype) != dtype
+    warpgroups = (wgmma.fits, wgmma.fits_unpacked)[packed.is_packed(dtype)]
+    paired = [int(a["out"])]
+    if is_for_warpgroups(a, dtypes) and warpgroups(weights, T, D, [F, F], paired, device, deterministic):
+        return by_warpgroups(weights, T, D, F, device)
     if packed.fits(weights, device) and not is_mixed:
         tiles = ceil_div(F, packed.TILE_ROWS // len(weights))
         return packed.products(OP, [packed.bits_of(dtype)], T, D, tiles, device, deterministic)
     if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
         return [dot]
-    if is_for_warpgroups(a, dtypes) and wgmma.fits(weights, T, D, [F], [int(a["out"])], device, deterministic):
-        return by_warpgroups(weights, T, D, F, device)
     if is_mixed or not products.on_tensor_cores(weights, D, device):
         scratch = T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, F, scratch)]
@@ -48,13 +50,13 @@ def is_for_warpgroups(a: np.ndarray, dtypes: Mapping[str, str]) -> bool:
 
 
 def by_warpgroups(weights: list[tuple[str, int]], T: int, D: int, F: int, device: DeviceProps) -> list[Launch]:
-    """Tiles of half gate and half up."""
-    dtype = weights[0][0]
+    """Tiles of half gate and half up. Packed weights are unpacked first."""
     shape = wgmma.shape_for(T, 2 * F, device)
-    maps = [TensorMap(address, F, D, dtype, shape.rows // 2) for _, address in weights]
     scratch = wgmma.rows_nbytes(T, D)
+    ready = wgmma.operands(weights, [F, F], D, shape.rows // 2, scratch)
     row_tiles = ceil_div(F, shape.rows // 2)
     return [
-        wgmma.rows(OP, dtype, T, scratch),
-        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch),
+        *ready.launches,
+        wgmma.rows(OP, ready.dtype, T, scratch),
+        wgmma.product(OP, ready.dtype, T, D, row_tiles, shape, ready.maps, device, scratch),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 from . import _packed as packed
 from . import _products as products
 from . import _wgmma as wgmma
-from .base import DeviceProps, Launch, TensorMap, ceil_div
+from .base import DeviceProps, Launch, ceil_div
 
 OP = "fused_qkv_rope"
 UNIT_ROWS = 2 * products.TILE_ROWS
@@ -40,6 +40,12 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     units = ceil_div(QD, UNIT_ROWS) + 2 * ceil_div(KD, UNIT_ROWS)
     # the products' epilogue cannot finish such heads
     finish = [place] if int(a["q_norm"]) or int(a["R"]) % 8 or head_dim % UNIT_ROWS else []
+    paired = [int(a[name]) for name in PAIRED]
+    warpgroups = (wgmma.fits, wgmma.fits_unpacked)[packed.is_packed(weights[0][0])]
+    if warpgroups(weights, T, D, [QD, KD, KD], paired, device, deterministic):
+        finishes = head_dim in FINISHED_DIMS and (int(a["rope_style"]) == 1 or int(a["R"]) in (0, head_dim // 2))
+        product = by_warpgroups(weights, T, D, QD, KD, device, raw, f"_d{head_dim}" if finishes else "")
+        return product if finishes else [*product, place]
     if packed.fits(weights, device):
         widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
         return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
@@ -48,11 +54,6 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         dots = [products.dot(OP, of_family(weights, family), T, D, units, 2, device, raw) for family in families]
         if all(dots):
             return [dot for dot in dots if dot] + finish
-    paired = [int(a[name]) for name in PAIRED]
-    if wgmma.fits(weights, T, D, [QD, KD], paired, device, deterministic):
-        finishes = head_dim in FINISHED_DIMS and (int(a["rope_style"]) == 1 or int(a["R"]) in (0, head_dim // 2))
-        product = by_warpgroups(weights, T, D, QD, KD, device, raw, f"_d{head_dim}" if finishes else "")
-        return product if finishes else [*product, place]
     if len(halves) > 1 or not products.on_tensor_cores(weights, D, device):
         scratch = raw + T * D * 4
         return [products.rows(OP, "f32", T, scratch), products.plain(OP, T, QD + 2 * KD, scratch), place]
@@ -68,16 +69,19 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
 def by_warpgroups(
     weights: list[tuple[str, int]], T: int, D: int, QD: int, KD: int, device: DeviceProps, raw: int, suffix: str
 ) -> list[Launch]:
-    """Tiles are of one projection each; `suffix` says whether heads are finished, and of what size they are."""
-    dtype = weights[0][0]
+    """Tiles are of one projection each; `suffix` says whether heads are finished, and of what size they are.
+
+    Packed weights are unpacked first.
+    """
     shape = wgmma.shape_for(T, QD + 2 * KD, device)
     widths = (QD, KD, KD)
-    maps = [TensorMap(weight[1], width, D, dtype, shape.rows) for weight, width in zip(weights, widths, strict=True)]
     row_tiles = sum(ceil_div(width, shape.rows) for width in widths)
     scratch = raw + wgmma.rows_nbytes(T, D)
+    ready = wgmma.operands(weights, widths, D, shape.rows, scratch)
     return [
-        wgmma.rows(OP, dtype, T, scratch),
-        wgmma.product(OP, dtype, T, D, row_tiles, shape, maps, device, scratch, raw, suffix),
+        *ready.launches,
+        wgmma.rows(OP, ready.dtype, T, scratch),
+        wgmma.product(OP, ready.dtype, T, D, row_tiles, shape, ready.maps, device, scratch, raw, suffix),
     ]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from . import _packed as packed
 from . import _products as products
 from . import _wgmma as wgmma
-from .base import DeviceProps, Launch, TensorMap, ceil_div
+from .base import DeviceProps, Launch, ceil_div
 
 
 def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, deterministic: bool) -> list[Launch]:
@@ -18,22 +18,16 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     if not T or not N:
         return []
     weights = [(dtype, int(a["weight"]))]
+    paired = [int(a[name]) for name in ("out", "bias", "residual")]
+    warpgroups = (wgmma.fits, wgmma.fits_unpacked)[packed.is_packed(dtype)]
+    if warpgroups(weights, T, K, [N], paired, device, deterministic):
+        return by_warpgroups(weights, T, K, N, device)
     if packed.fits(weights, device):
         tiles = ceil_div(N, packed.TILE_ROWS)
         return packed.products("linear", [packed.bits_of(dtype)], T, K, tiles, device, deterministic)
     tiles = ceil_div(N, products.TILE_ROWS)
     if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
         return [dot]
-    paired = (int(a[name]) for name in ("out", "bias", "residual"))
-    if wgmma.fits(weights, T, K, [N], paired, device, deterministic):
-        shape = wgmma.shape_for(T, N, device)
-        scratch = wgmma.rows_nbytes(T, K)
-        maps = [TensorMap(int(a["weight"]), N, K, dtype, shape.rows)]
-        row_tiles = ceil_div(N, shape.rows)
-        return [
-            wgmma.rows("linear", dtype, T, scratch),
-            wgmma.product("linear", dtype, T, K, row_tiles, shape, maps, device, scratch),
-        ]
     if not products.on_tensor_cores(weights, K, device):
         return [products.plain("linear", T, N)]
     if products.takes_gemv(dtype, T, deterministic):
@@ -42,4 +36,16 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
     return [
         products.rows("linear", products.half_of(dtype), T, scratch),
         products.mma("linear", dtype, T, K, tiles, scratch, device),
+    ]
+
+
+def by_warpgroups(weights: list[tuple[str, int]], T: int, K: int, N: int, device: DeviceProps) -> list[Launch]:
+    """Packed weights are unpacked first."""
+    shape = wgmma.shape_for(T, N, device)
+    scratch = wgmma.rows_nbytes(T, K)
+    ready = wgmma.operands(weights, [N], K, shape.rows, scratch)
+    return [
+        *ready.launches,
+        wgmma.rows("linear", ready.dtype, T, scratch),
+        wgmma.product("linear", ready.dtype, T, K, ceil_div(N, shape.rows), shape, ready.maps, device, scratch),
     ]

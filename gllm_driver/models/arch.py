@@ -59,6 +59,7 @@ class Arch:
     tie_word_embeddings: bool = False
     activation: Activation = "silu"
     sliding_windows: tuple[int, ...] = ()  # per layer; 0 = full attention; empty = full everywhere
+    num_labels: int = 0  # of a head that scores sequences; 0: there is none
 
     def window(self, layer: int) -> int:
         """Sliding window of a layer in tokens (the token itself included), 0 for full attention."""
@@ -76,9 +77,9 @@ class Arch:
 def tensor_slots(arch: Arch) -> dict[str, tuple[int, ...]]:
     """Every tensor the forward pass reads, by slot name, with its shape [out, in] in elements.
 
-    Slots: `embed`, `embed_norm`, `final_norm`, `lm_head` (absent when tied) and, per layer i, `layers.{i}.` +
-    attn_norm, q, k, v, q_norm, k_norm, o, ffn_norm, gate, up, down. Biases, where a model has them, are in slots of
-    the same names with `_bias` behind.
+    Slots: `embed`, `embed_norm`, `final_norm`, `lm_head` (absent when tied), `score` (of models that have labels) and,
+    per layer i, `layers.{i}.` + attn_norm, q, k, v, q_norm, k_norm, o, ffn_norm, gate, up, down. Biases, where a model
+    has them, are in slots of the same names with `_bias` behind.
     """
     d, ff = arch.hidden_size, arch.intermediate_size
     slots: dict[str, tuple[int, ...]] = {"embed": (arch.vocab_size, d), "final_norm": (d,)}
@@ -88,6 +89,8 @@ def tensor_slots(arch: Arch) -> dict[str, tuple[int, ...]]:
         slots |= {f"{slot}_bias": (d,) for slot in ("embed_norm", "final_norm") if slot in slots}
     if not arch.tie_word_embeddings:
         slots["lm_head"] = (arch.vocab_size, d)
+    if arch.num_labels:
+        slots["score"] = (arch.num_labels, d)
     layer: dict[str, tuple[int, ...]] = {
         "attn_norm": (d,),
         "q": (arch.q_size, d),

@@ -108,18 +108,15 @@ class Decoder:
                 {"activation": ACTIVATIONS.index(arch.activation), **norm},
             )
             recorder.add("linear", {"x": h, "weight": w["down"], "bias": w["down_bias"], "residual": x, "out": x})
+        final_norm = {"weight": weights["final_norm"], "bias": weights.get("final_norm_bias")}
+        if step.hidden is not None:
+            recorder.add("rms_norm", {"x": x, **final_norm, "out": step.hidden}, norm)
         if step.logits is None:
             return
         final = recorder.buffer("final", (step.logits.shape[0], arch.hidden_size))
         recorder.add(
             "rms_norm",
-            {
-                "x": x,
-                "weight": weights["final_norm"],
-                "bias": weights.get("final_norm_bias"),
-                "rows": step.logits_rows,
-                "out": final,
-            },
+            {"x": x, **final_norm, "rows": step.logits_rows, "out": final},
             norm,
         )
         recorder.add("linear", {"x": final, "weight": weights.get("lm_head", weights["embed"]), "out": step.logits})

@@ -46,7 +46,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         Family(
             name="llama",
-            architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+            architectures=("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel", "LlamaForSequenceClassification"),
             model_types=("llama",),
             gguf_architectures=("llama",),
             gguf_rope_style="interleaved",  # llama.cpp's converter reorders the rows of Q and K for it
@@ -56,14 +56,14 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="mistral",
-            architectures=("MistralForCausalLM",),
+            architectures=("MistralForCausalLM", "MistralModel", "MistralForSequenceClassification"),
             model_types=("mistral",),
             window="all",
             config_defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         ),
         Family(
             name="qwen2",
-            architectures=("Qwen2ForCausalLM",),
+            architectures=("Qwen2ForCausalLM", "Qwen2Model", "Qwen2ForSequenceClassification"),
             model_types=("qwen2",),
             gguf_architectures=("qwen2",),
             qkv_bias="always",
@@ -72,7 +72,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="qwen3",
-            architectures=("Qwen3ForCausalLM",),
+            architectures=("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"),
             model_types=("qwen3",),
             gguf_architectures=("qwen3",),
             qkv_bias="attention_bias",

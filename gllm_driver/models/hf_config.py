@@ -122,7 +122,14 @@ def _arch_of_llama(fields: Fields, family: Family, tensor_names: Collection[str]
         tie_word_embeddings=fields.flag("tie_word_embeddings", False) or "lm_head.weight" not in tensor_names,
         activation=ACTIVATIONS[hidden_act],
         sliding_windows=_sliding_windows(fields, layer_types),
+        num_labels=_num_labels(fields) if "score.weight" in tensor_names else 0,
     )
+
+
+def _num_labels(fields: Fields) -> int:
+    """Labels of a model for classification: transformers writes their names, or means two."""
+    labels = fields.values.get("id2label")
+    return len(labels) if isinstance(labels, dict) and labels else fields.integer("num_labels", 2)
 
 
 def _layer_types(fields: Fields, family: Family, num_layers: int) -> list[str]:

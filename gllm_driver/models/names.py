@@ -51,10 +51,12 @@ class NameTable:
 
 HF_NAMES = NameTable(
     convention="Hugging Face",
+    prefix="model.",  # which models without any head leave out
     model={
         "embed": "model.embed_tokens.weight",
         "final_norm": "model.norm.weight",
         "lm_head": "lm_head.weight",
+        "score": "score.weight",
     },
     layer_prefix="model.layers.{i}.",
     layer={

@@ -11,6 +11,7 @@ from . import (
     linear,
     pack_weight,
     paged_attention,
+    pool_rows,
     rms_norm,
     rope_table,
     sample,
@@ -31,5 +32,6 @@ CONTRACTS: dict[str, Contract] = {
         sample,
         kv_pages,
         pack_weight,
+        pool_rows,
     )
 }

@@ -158,7 +158,7 @@ def test_sliding_windows_of_qwen(changes: dict[str, Any], windows: tuple[int, ..
     ("changes", "problem"),
     [
         ({"architectures": ["GemmaForCausalLM"]}, "architecture 'GemmaForCausalLM' is not supported; supported: Llama"),
-        ({"architectures": ["LlamaModel"]}, "'LlamaModel' is not supported"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "'LlamaForTokenClassification' is not supported"),
         ({"architectures": ["LlamaForCausalLM", "X"]}, "'LlamaForCausalLM, X' is not supported"),
         (
             {"architectures": None, "model_type": "gpt2"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from cuda_runner import DEVICE_WEIGHTS
 from cuda_tolerance import activations_for
 from op_harness import label, run_case, storages
-from op_memory import dtype_named
+from op_memory import decode, dtype_named, encode
 from test_cuda_each_kernel import tensors_of
 from test_cuda_parity import ROOT
 from test_cuda_products import kernels
@@ -155,6 +156,75 @@ def test_many_tiles_of_gate_and_up(dtype: str, shape: _wgmma.WgmmaShape) -> None
         run_case(CONTRACTS[op], case, storage, run, alternatives=activations_for(op, storage))
 
 
+# ---- packed weights, unpacked first
+
+PACKED = ("p8_32", "p8_16", "p4_32m", "p4_128z", "p2_64", "p2_16m", "p1_32", "p1_128z")
+
+
+class _DoneError(Exception):
+    """The op has run; nothing is to be judged."""
+
+
+def outputs(op: str, case: Case, storage: Mapping[str, str]) -> list[np.ndarray]:
+    """What the op writes, as float64."""
+    found: list[np.ndarray] = []
+
+    def runner(name: str, tensors: Mapping[str, Tensor | None], scalars: Mapping[str, float]) -> None:
+        run(name, tensors, scalars)
+        for array in CONTRACTS[op].arrays:
+            tensor = tensors[array.name]
+            if array.role != "in" and tensor is not None:
+                found.append(tensor.to_numpy().astype(np.float64))
+        raise _DoneError
+
+    with pytest.raises(_DoneError):
+        run_case(CONTRACTS[op], case, dict(storage), runner)
+    return found
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("op", ["linear", "fused_gate_up_silu", "fused_qkv_rope"])
+def test_packed_weights(op: str, dtype: str, shape: _wgmma.WgmmaShape) -> None:
+    """The bits of f16 weights of the same values."""
+    g = rng("wgmma", "packed", dtype)
+    T, K = 70, 384  # a segment and a half
+    if op == "linear":
+        arrays = {"x": normal(g, T, K), "weight": normal(g, 130, K), "residual": normal(g, T, 130)}
+        case = Case("packed", arrays)
+        names = {"weight"}
+    elif op == "fused_gate_up_silu":
+        arrays = {"x": normal(g, T, K), "norm": normal(g, K)}
+        arrays |= {name: normal(g, 130, K, scale=K**-0.5) for name in ("gate", "up")}
+        case = Case("packed", arrays, {"eps": 1e-5, "activation": 0})
+        names = {"gate", "up"}
+    else:
+        options: dict[str, Any] = {
+            "heads": 3,
+            "kv_heads": 1,
+            "head_dim": 64,
+            "layers": (2, 1),
+            "pairs": 32,
+            "qk_norm": True,
+        }
+        case = qkv_case("packed", chunks=(Chunk(70), Chunk(3, 5)), hidden=K, **options)
+        names = {"wq", "wk", "wv"}
+    (storage,) = list(storages(CONTRACTS[op], case, (dtype,)))[:1]
+    decoded = {name: decode(encode(case.arrays[name], dtype), dtype, case.arrays[name].shape) for name in names}
+    halves = replace(case, arrays={**case.arrays, **decoded})
+    found = symbols(op, case, storage)
+    assert found[: len(names)] == [f"pack_weight__unpack_q{dtype[1]}"] * len(names)
+    in_halves = {**storage, **dict.fromkeys(names, "f16")}
+    assert found[len(names) :] == symbols(op, halves, in_halves)
+    results = [outputs(op, each, stored) for each, stored in ((case, storage), (halves, in_halves))]
+    for one, other in zip(*results, strict=True):
+        assert np.array_equal(np.isnan(one), np.isnan(other))  # of the cache, what no token writes
+        assert np.isfinite(one).any()
+        if dtype.endswith("m"):  # a minimum is added in one rounding here, in two there
+            assert np.nanmax(np.abs(one - other)) <= 2e-3 * np.nanmax(np.abs(other))
+        else:
+            assert np.array_equal(one, other, equal_nan=True)
+
+
 # ---- which calls go there
 
 
@@ -187,13 +257,27 @@ def test_many_tokens_of_16_bit_weights() -> None:
         assert (weight.rows, weight.cols, weight.address, weight.in_workspace) == (4096, 4096, 256, False)
 
 
+def test_many_tokens_of_packed_weights() -> None:
+    unpack, rows, product = of_linear(dtype="p4_32")
+    assert (unpack.symbol, unpack.grid) == ("pack_weight__unpack_q4", (4096, 1, 1))
+    assert rows.symbol == "linear__flat_rows_f16"
+    assert product.symbol == "linear__wgmma_f16_128x256"
+    _, weight = product.tensor_maps
+    assert weight.in_workspace
+    assert weight.address % 256 == 0
+    assert weight.address >= product.workspace_nbytes
+    assert unpack.workspace_nbytes == weight.address + 4096 * 4096 * 2
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"deterministic": True},
         {"T": _wgmma.MIN_TOKENS - 1},
         {"dtype": "f32"},
-        {"dtype": "p8_32"},
+        {"dtype": "p8_32", "deterministic": True},
+        {"dtype": "p8_32", "T": _wgmma.MIN_TOKENS - 1},
+        {"dtype": "p4_32", "N": 1 << 17},  # unpacked it would take a GiB
         {"K": 4100},
         {"N": 4095},
         {"address": 8 + 256},

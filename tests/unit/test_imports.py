@@ -23,7 +23,7 @@ LAYERS = (
     {"loaders"},
     {"convert", "sched", "metrics", "text", "demo"},
     {"engine"},
-    {"generation"},
+    {"embedding", "generation"},
     {"llm"},
     {"evaluation"},
     {"__init__"},

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -32,8 +31,10 @@ from ..base import (
     checked,
     page_states,
 )
+from ..pooling import Pooling, embed, scores
 from ..repack import repacked_weights
 from .decode import CpuDecodeLoop, Decoders
+from .pooling import CpuPooler
 from .stage import CpuStage
 from .steps import Steps, Workspace
 
@@ -196,11 +197,21 @@ class CpuBackend:
     def available_memory(self) -> int:
         return available_nbytes()
 
-    def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        raise UnsupportedError("the CPU backend does not compute embeddings yet")
+    def embedding_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, pooling: Pooling = "last"
+    ) -> np.ndarray:
+        return embed(self._pooler(weights, kv, batch), batch.sequences, pooling)
 
-    def rerank_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        raise UnsupportedError("the CPU backend does not rerank yet")
+    def rerank_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, ids: Sequence[int] | None = None
+    ) -> np.ndarray:
+        tensors = weights.tensors
+        output = tensors.get("lm_head", tensors["embed"])
+        return scores(self._pooler(weights, kv, batch), batch.sequences, tensors.get("score"), output, ids)
+
+    def _pooler(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> CpuPooler:
+        self._forwards += 1
+        return CpuPooler(self._team, self._steps, self._compiling, weights, kv, len(batch.sequences))
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
         view, start = _pages(kv), perf_counter()

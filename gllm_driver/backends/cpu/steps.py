@@ -72,26 +72,28 @@ class Steps:
     def run(
         self, weights: WeightsHandle, kv: KvCacheHandle, sequences: Sequence[SequenceInput], logits: str
     ) -> StepTensors:
-        """Run the forward pass over `sequences`; `logits`: of the "last" token where wanted, of "all", of "none"."""
+        """Run the forward pass over `sequences`; `logits`: of the "last" token where wanted, of "all", of "none", or
+        "hidden": the final hidden states instead.
+        """
         T, S = sum(len(s.tokens) for s in sequences), len(sequences)
-        R = {"last": sum(s.wants_logits for s in sequences), "all": T, "none": 0}[logits]
-        step = self._step(weights, kv, T, S, R if logits == "last" else -R)
+        R = {"last": sum(s.wants_logits for s in sequences), "all": T, "none": 0, "hidden": 0}[logits]
+        step = self._step(weights, kv, T, S, R if logits == "last" else -R, logits == "hidden")
         _fill(step.tensors, sequences)
         step.program.run()
         return step.tensors
 
-    def _step(self, weights: WeightsHandle, kv: KvCacheHandle, T: int, S: int, rows: int) -> Step:
+    def _step(self, weights: WeightsHandle, kv: KvCacheHandle, T: int, S: int, rows: int, hidden: bool) -> Step:
         """The recorded step for this shape (`rows` < 0: logits of every token); anew when the workspace has moved."""
-        key = (id(weights), id(kv), T, S, rows)
+        key = (id(weights), id(kv), T, S, rows, hidden)
         found = self._cached.get(key)
         if found is None or found.generation != self._workspace.generation:
-            found = self._cached[key] = self._record(weights, kv, T, S, rows)
+            found = self._cached[key] = self._record(weights, kv, T, S, rows, hidden)
         self._cached.move_to_end(key)
         if len(self._cached) > MAX_CACHED_STEPS:
             self._cached.popitem(last=False)
         return found
 
-    def _record(self, weights: WeightsHandle, kv: KvCacheHandle, T: int, S: int, rows: int) -> Step:
+    def _record(self, weights: WeightsHandle, kv: KvCacheHandle, T: int, S: int, rows: int, hidden: bool) -> Step:
         new, generation = self._workspace.tensor, -1
         while generation != self._workspace.generation:
             generation = self._workspace.generation
@@ -104,6 +106,7 @@ class Steps:
                 logits_rows=new("logits_rows", (rows,), I32) if rows > 0 else None,
                 logits=new("logits", (abs(rows), weights.vocab_size), F32) if rows else None,
                 is_decode=S == T,
+                hidden=new("hidden", (T, weights.tensors["final_norm"].shape[-1]), F32) if hidden else None,
             )
             program = Program(self._team)
             weights.forward(Recorder(program, self._workspace), weights.tensors, kv.tensor, tensors)

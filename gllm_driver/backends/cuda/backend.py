@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from ..base import (
     checked,
     page_states,
 )
+from ..pooling import Pooling, embed, scores
 from ..repack import repacked_weights
 from .decode import DecoderPool
 from .loop import CudaDecodeLoop
 from .memory import free_nbytes, reserve
 from .pages import PageCopies
+from .pooling import CudaPooler
 from .runtime import Runtime
 from .sampling import Sampler
 from .stage import CudaStage
@@ -254,11 +257,33 @@ class CudaBackend:
     def available_memory(self) -> int:
         return free_nbytes(self.device)
 
-    def embedding_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        raise UnsupportedError("the CUDA backend does not compute embeddings yet")
+    def embedding_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, pooling: Pooling = "last"
+    ) -> np.ndarray:
+        with self._pooler(weights, kv, batch) as pooler:
+            return embed(pooler, batch.sequences, pooling)
 
-    def rerank_forward_gpu_pure(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Any:
-        raise UnsupportedError("the CUDA backend does not rerank yet")
+    def rerank_forward_gpu_pure(
+        self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput, *, ids: Sequence[int] | None = None
+    ) -> np.ndarray:
+        tensors = weights.tensors
+        output = tensors.get("lm_head", tensors["embed"])
+        with self._pooler(weights, kv, batch) as pooler:
+            return scores(pooler, batch.sequences, tensors.get("score"), output, ids)
+
+    @contextlib.contextmanager
+    def _pooler(self, weights: WeightsHandle, kv: KvCacheHandle, batch: BatchInput) -> Iterator[CudaPooler]:
+        def forward(parts: Sequence[SequenceInput]) -> Tensor:
+            hidden = self._forward(kv, parts, lambda: self._steps.run_hidden(weights, kv, parts))
+            assert hidden is not None
+            return hidden
+
+        hidden_size = weights.tensors["final_norm"].shape[-1]
+        pooler = CudaPooler(self.runtime, forward, len(batch.sequences), hidden_size)
+        try:
+            yield pooler
+        finally:
+            pooler.close()
 
     def copy_pages_to_host(self, kv: KvCacheHandle, pages: Sequence[int]) -> np.ndarray:
         out = np.empty((len(pages), kv.config.page_nbytes), np.uint8)

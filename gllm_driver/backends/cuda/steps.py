@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -36,6 +36,7 @@ class Shape:
     rows: int
     is_decode: bool
     all_logits: bool = False  # of every token, in order
+    hidden: bool = False  # the final hidden states of every token instead
 
 
 @dataclass
@@ -72,6 +73,12 @@ class Steps:
         assert logits is not None
         return logits
 
+    def run_hidden(self, weights: WeightsHandle, kv: KvCacheHandle, sequences: Sequence[SequenceInput]) -> Tensor:
+        """Queue the forward pass over sequences: final hidden states, f32 [≥ T, D], tokens in order."""
+        hidden = self._run(weights, kv, sequences, replace(self._shape(kv, sequences), hidden=True))
+        assert hidden is not None
+        return hidden
+
     def _shape(self, kv: KvCacheHandle, sequences: Sequence[SequenceInput]) -> Shape:
         lengths = [len(s.tokens) for s in sequences]
         if min(lengths) < 1:
@@ -103,7 +110,7 @@ class Steps:
             else:
                 program.issue()
         step.runs += 1
-        return step.tensors.logits
+        return step.tensors.hidden if shape.hidden else step.tensors.logits
 
     def _step(self, weights: WeightsHandle, kv: KvCacheHandle, shape: Shape) -> Step:
         """The recorded step for this shape; recorded when new, or when the workspace has moved."""
@@ -122,6 +129,7 @@ class Steps:
 
     def _record(self, weights: WeightsHandle, kv: KvCacheHandle, shape: Shape) -> Step:
         workspace, T, S = self._runtime.workspace, shape.T, shape.S
+        hidden_size = weights.tensors["final_norm"].shape[-1]
         inputs = Mirror(
             self._runtime.device,
             [
@@ -147,6 +155,7 @@ class Steps:
                     logits_rows=inputs.tensor("logits_rows") if by_row else None,
                     logits=workspace.tensor("logits", (shape.rows, weights.vocab_size), F32) if shape.rows else None,
                     is_decode=shape.is_decode,
+                    hidden=workspace.tensor("hidden", (T, hidden_size), F32) if shape.hidden else None,
                 )
                 program = self._runtime.program()
                 weights.forward(program, weights.tensors, kv.tensor, tensors)
