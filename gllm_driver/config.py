@@ -117,3 +117,38 @@ class SwapConfig:
     def num_host_slots(self, page_nbytes: int) -> int:
         """Pages that fit in the host memory reserved."""
         return self.cpu_reserve_mb * 2**20 // page_nbytes if self.enable_swap else 0
+
+
+DISTILL_RATIOS = (2, 4, 8)
+DISTILL_METHODS = ("tokens", "layers")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How KV that must make room is made smaller, at the price of exactness.
+
+    method "tokens": windows of `ratio` old tokens become one, on the device. "layers": one of `ratio` layers keeps its
+    KV while it is swapped out. sinks and window: so many first and last tokens are never merged, rounded up to pages.
+    """
+
+    ratio: int
+    method: str = "tokens"
+    sinks: int = 4
+    window: int = 256
+
+    def __post_init__(self) -> None:
+        if self.ratio not in DISTILL_RATIOS:
+            raise RequestError(f"KV can be distilled by 2, 4 or 8, got {self.ratio}")
+        if self.method not in DISTILL_METHODS:
+            raise RequestError(f"unknown method of KV distillation {self.method!r}: choose tokens or layers")
+        for name in ("sinks", "window"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    @classmethod
+    def parse(cls, text: str) -> DistillConfig:
+        """RATIO or RATIO:METHOD, as on the command line."""
+        ratio, _, method = text.partition(":")
+        if ratio not in map(str, DISTILL_RATIOS) or (":" in text and method not in DISTILL_METHODS):
+            raise RequestError(f"KV distillation is 2, 4 or 8, and :tokens or :layers after it, got {text!r}")
+        return cls(int(ratio), method or "tokens")

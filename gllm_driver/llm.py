@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .config import KvCacheConfig, SamplingConfig, SwapConfig
+from .config import DistillConfig, KvCacheConfig, SamplingConfig, SwapConfig
 from .engine import Engine, EngineConfig, Request
 from .engine.sharing import KvSharingConfig
 from .errors import BackendError, CapacityError, GllmError, RequestError
@@ -27,11 +27,13 @@ from .types import DTYPES, FLOAT_DTYPES
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .backends.base import Backend
+    from .backends.base import Backend, ModelWeights
     from .backends.pooling import Pooling
+    from .distillation import DistillationCost
     from .embedding import SequenceReader
     from .engine.async_engine import AsyncEngine
     from .engine.core import LogitsVisitor
+    from .kv.distill import Rope
     from .kv.store import KvStore
     from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
@@ -69,6 +71,7 @@ class Sharing:
     kv_tokens: int | None = None
     swap: SwapConfig = field(default_factory=SwapConfig)
     kv_store: KvStore | None = None
+    distill: DistillConfig | None = None
 
     def __post_init__(self) -> None:
         if self.max_batch < 1:
@@ -319,6 +322,17 @@ class LLM:
 
         return SequenceReader(self._engine, lambda text: self.tokenizer.encode(text), self.arch, self.path)
 
+    def distillation_cost(self, text: str | Sequence[int], config: DistillConfig, **options: Any) -> DistillationCost:
+        """What merging KV as `config` says costs on a text: perplexity behind distilled contexts, and bytes.
+
+        Options: `context`, `continuation` and `max_windows` (gllm_driver.distillation.cost). Raises RequestError,
+        CapacityError.
+        """
+        from .distillation import cost
+
+        tokens = self.tokenizer.encode(text) if isinstance(text, str) else text
+        return cost(self._engine, tokens, self._engine.rope, config, **options)
+
     def chat_tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation in the model's chat format, ready to be answered.
 
@@ -400,6 +414,7 @@ def load(
     kv_tokens: int | None = None,
     cpu_reserve_mb: int = 512,
     kv_store: str | KvStore | None = None,
+    kv_distill: str | DistillConfig | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LLM:
     """Load a model.
@@ -421,6 +436,9 @@ def load(
     "memory:2GiB,disk:/path?cap=20GiB,redis://host:6379/0" (docs/kv-store.md), or a store that stays open. With
     deterministic, KV is shared only with what computes it to the same bits; without, a GPU and a CPU share theirs.
 
+    kv_distill: "2", "4" or "8": where memory for KV runs short, old tokens of a request are merged, so many into one,
+    before anything is swapped out. That changes what models say (docs/kv-distillation.md); not with deterministic.
+
     With auto, a model that does not fit on the GPU, or a GPU that fails, means the CPU, with a warning in the log.
 
     Raises ModelFormatError, HubError, BackendUnavailableError, CapacityError, RequestError.
@@ -432,9 +450,10 @@ def load(
     if dtype != "auto" and dtype not in FLOAT_DTYPES:
         raise RequestError(f"unknown dtype {dtype!r}: choose auto, {', '.join(FLOAT_DTYPES)}")
     swap = SwapConfig(enable_swap=cpu_reserve_mb > 0, cpu_reserve_mb=max(cpu_reserve_mb, 0))
+    distill = _distill_config(kv_distill, deterministic)
     with ExitStack() as cleanup:
         store = _open_store(kv_store, deterministic, cleanup)
-        sharing = Sharing(max_batch, chunk_size, prefix_reuse, kv_tokens, swap, store)
+        sharing = Sharing(max_batch, chunk_size, prefix_reuse, kv_tokens, swap, store, distill)
         checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
         backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
         try:
@@ -447,6 +466,31 @@ def load(
             engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
         cleanup.pop_all()
     return LLM(checkpoint, backend, engine, time.perf_counter() - start, store if store is not kv_store else None)
+
+
+def _rope(arch: Arch, model: ModelWeights) -> Rope | None:
+    """How keys are rotated; None: they are not."""
+    from .kv.distill import Rope
+    from .ops.fused_qkv_rope import INTERLEAVED
+
+    table = model.constants.get("rope_inv_freq")
+    if table is None:
+        return None
+    return Rope(table.to_numpy().copy(), INTERLEAVED if arch.rope_style == "interleaved" else 0)
+
+
+def _distill_config(given: str | DistillConfig | None, deterministic: bool) -> DistillConfig | None:
+    """What is asked of KV that must make room. Raises RequestError."""
+    config = DistillConfig.parse(given) if isinstance(given, str) else given
+    if config is None:
+        return None
+    if deterministic:
+        raise RequestError(
+            "kv_distill changes what a model says and contradicts deterministic mode: leave one of them out"
+        )
+    if config.method != "tokens":
+        raise RequestError(f"kv_distill merges tokens; method {config.method!r} is for KV at rest: give 2, 4 or 8")
+    return config
 
 
 def _open_store(given: str | KvStore | None, deterministic: bool, cleanup: ExitStack) -> KvStore | None:
@@ -484,7 +528,8 @@ def _place(
         context = _context_length(arch.context_length, context_length, fits)
         stored = {t.dtype for t in checkpoint.tensors.values()}
         backend.prepare({repacked_dtype(d, backend.weight_dtypes, dtype).name for d in stored} | {kv_dtype})
-        weights = backend.upload_weights(model_weights(checkpoint, context), dtype=dtype, progress=progress)
+        model = model_weights(checkpoint, context)
+        weights = backend.upload_weights(model, dtype=dtype, progress=progress)
         room = sharing.kv_tokens or max(context, min(sharing.max_batch * context, fits))
         num_pages = -(-room // PAGE_SIZE)
         kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
@@ -492,6 +537,11 @@ def _place(
         root_key = repr((weights_digest(checkpoint), dtype, kv_dtype, context, backend.name)).encode()
         on_cpu = backend.name == "cpu"
         config = sharing.engine_config(on_cpu=on_cpu, chunk_invariant=on_cpu or not deterministic)
+        config = replace(config, distill=sharing.distill, rope=_rope(arch, model))
+        if sharing.distill is not None and (arch.alibi_max_bias or arch.sliding_windows):
+            raise RequestError(
+                "kv_distill is not for models with ALiBi or sliding windows, which go by places in the KV"
+            )
         if sharing.kv_store is not None:
             root = kv_root(checkpoint, backend, kv, dtype=dtype, context=context, deterministic=deterministic)
             config = replace(config, kv_sharing=KvSharingConfig(sharing.kv_store, root))

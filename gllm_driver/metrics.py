@@ -168,6 +168,7 @@ class Metrics:
     swapped_out_pages: int
     swapped_in_pages: int
     copy_failures: int
+    distilled_pages: int
     time_to_first_token: Durations
     inter_token_latency: Durations
     store: StoreMetrics | None = None  # without a KV store
@@ -196,7 +197,8 @@ class Metrics:
                 f"KV pages  {self.pages_used} of {self.pages_total} used, {self.pages_swapped} on the host; "
                 f"{self.swapped_out_pages} swapped out, {self.swapped_in_pages} in",
                 f"preempted {self.preemptions}, {self.recomputes} of them to be computed again; "
-                f"{self.copy_failures} copies failed",
+                f"{self.copy_failures} copies failed"
+                + (f"; {self.distilled_pages} pages merged away" if self.distilled_pages else ""),
                 f"first token  {self.time_to_first_token}",
                 f"next tokens  {self.inter_token_latency}",
                 *((str(self.store),) if self.store is not None else ()),

@@ -76,6 +76,11 @@ _SAMPLING = (
     metavar="SPEC",
     help="Keep KV of prompts for later runs: memory:2GiB,disk:/path?cap=20GiB,redis://host:6379/0 or some of these.",
 )
+@click.option(
+    "--kv-distill",
+    metavar="2|4|8",
+    help="Where memory for KV runs short, merge so many old tokens into one before swapping; changes the output.",
+)
 @click.option("--chat", is_flag=True, help="PROMPT is a user's message; apply the model's chat template.")
 @click.option("--system", type=TextType(), help="With --chat: the system message.")
 @click.option("--tokens", type=TokensType(), help="Token ids instead of PROMPT.")
@@ -97,6 +102,7 @@ def generate(
     context: int | None,
     deterministic: bool,
     kv_store: str | None,
+    kv_distill: str | None,
     chat: bool,
     system: str | None,
     tokens: tuple[int, ...] | None,
@@ -137,6 +143,7 @@ def generate(
         context_length=context,
         deterministic=deterministic,
         kv_store=kv_store,
+        kv_distill=kv_distill,
         progress=console.progress,
     ) as llm:
         start = _chat(llm, str(text_or_ids), system) if chat else text_or_ids

@@ -14,6 +14,7 @@ import click
 
 from ..errors import RequestError
 from .console import Console
+from .kv_distill import distill
 from .outcome import EXIT_CODES, guarded
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ def verify(*, spec: str, repair: bool, as_json: bool, debug: bool) -> None:
             _print(console, "\n".join(lines))
     if left:
         click.get_current_context().exit(EXIT_DAMAGED)
+
+
+kv.add_command(distill)
 
 
 @contextmanager

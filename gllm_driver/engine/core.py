@@ -11,8 +11,9 @@ from time import perf_counter
 import numpy as np
 
 from ..backends.base import Backend, KvCacheHandle, WeightsHandle
-from ..config import SwapConfig
+from ..config import DistillConfig, SwapConfig
 from ..errors import BackendError, CapacityError, GllmError
+from ..kv.distill import Rope
 from ..kv.manager import KvManager
 from ..kv.pages import PagePool
 from ..metrics import Metrics, Recorder
@@ -20,6 +21,7 @@ from ..sched.plan import Piece, SchedulerConfig
 from ..sched.request import RunningSequence
 from ..sched.scheduler import Counters, Scheduler
 from ..types import BatchInput, SequenceInput
+from .distill import BackendMerger
 from .mailbox import Deadlines, Mailbox
 from .runner import Result, Runner
 from .sharing import KvSharing, KvSharingConfig
@@ -42,6 +44,8 @@ class EngineConfig:
     swap: SwapConfig = field(default_factory=SwapConfig)
     prefix_reuse: bool = True
     kv_sharing: KvSharingConfig | None = None  # a store beyond this engine's life; it needs prefix_reuse
+    distill: DistillConfig | None = None  # what must make room gets smaller first, and no longer exact
+    rope: Rope | None = None  # how the model rotates keys, for those who merge them
 
 
 class _Doubt(enum.IntEnum):
@@ -93,6 +97,7 @@ class Core:
             root_key=self._root_key,
             clock=perf_counter,
             prefix_reuse=self.config.prefix_reuse,
+            merger=self._merger(),
         )
         self.kv.tracker = self.manager
         self.scheduler = Scheduler(self.manager, self.config.scheduler, lambda: self.pool.num_available)
@@ -303,6 +308,17 @@ class Core:
             self.sharing.fetcher.welcome(sequence)
         self._deadlines.add(sequence, len(self.mailbox.live))
 
+    def _merger(self) -> BackendMerger | None:
+        config = self.config
+        if config.distill is None:
+            return None
+
+        def num_computed(seq_id: int) -> int:
+            sequence = self.mailbox.live.get(seq_id)
+            return 0 if sequence is None else sequence.num_computed
+
+        return BackendMerger(self.backend, self.kv, config.distill, config.rope, num_computed)
+
     def _recover(self) -> None:
         """After an interrupt inside a step. A token that was not taken is computed again, to the same bits.
 
@@ -417,6 +433,7 @@ class Core:
             swapped_out_pages=stats.counters.pages_swapped_out,
             swapped_in_pages=stats.counters.pages_swapped_in,
             copy_failures=counters.copy_failures,
+            distilled_pages=stats.counters.pages_distilled,
             store=None if self.sharing is None else self.sharing.metrics(),
         )
 

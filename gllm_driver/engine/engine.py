@@ -12,6 +12,7 @@ import numpy as np
 from ..backends.base import Backend, KvCacheHandle, WeightsHandle
 from ..config import KvCacheConfig
 from ..errors import CapacityError, GllmError, RequestError
+from ..kv.distill import Rope
 from ..kv.manager import KvManager
 from ..kv.pages import PagePool
 from ..metrics import Metrics
@@ -222,6 +223,11 @@ class Engine:
     def metrics(self) -> Metrics:
         """Counts and timings so far. Read while a step runs, they may be one step apart from each other."""
         return self._core.metrics()
+
+    @property
+    def rope(self) -> Rope | None:
+        """How the model rotates keys."""
+        return self._core.config.rope
 
     @property
     def pool(self) -> PagePool:

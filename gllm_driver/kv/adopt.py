@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .book import PageBook, pages_of
-from .groups import as_block
+from .book import PageBook
+from .groups import as_block, pages_of
 from .prefix import PrefixIndex, PrefixNode
 
 Fill = Callable[[int, Sequence[int]], None]

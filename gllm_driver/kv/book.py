@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from .groups import Block, Counters, as_block
+from .groups import Block, Counters, as_block, pages_of
 from .pages import PagePool
 from .prefix import PrefixIndex, PrefixNode
 
@@ -149,8 +149,3 @@ class PageBook:
             if not is_done:
                 self._counters.copy_failures += 1
                 pool.release(pages)
-
-
-def pages_of(blocks: Iterable[Block]) -> list[int]:
-    """The device pages of blocks, those without one left out."""
-    return [block.page for block in blocks if block.page is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +17,15 @@ class Block:
     """The contents of one page, wherever they are: on the device, in a host slot, or both.
 
     With a page and no resident sequence it is cached. With a slot it belongs to `num_swapped` sequences on the host.
-    A block shared by several sequences is full and never written again, so its two copies stay equal.
+    A block shared by several sequences is full and never written again, so its two copies stay equal. One that holds
+    merged tokens belongs to one sequence, and stands for `repeat` pages of it.
     """
 
     page: int | None
     slot: int | None = None
     num_swapped: int = 0
     node: PrefixNode | None = None
+    repeat: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -32,14 +35,26 @@ class Group:
     seq_id: int
     state: GroupState
     blocks: list[Block] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)  # of the blocks, while resident
+    pages: list[int] = field(default_factory=list)  # the page table, while resident
     is_resident: bool = True
     is_pinned: bool = False
     was_missed: bool = False  # not on the device when it was wanted; until the access it was wanted for
     num_tokens: int = 0  # reserved
     num_indexed: int = 0  # leading blocks whose tokens are in the prefix index
     tail: PrefixNode | None = None  # node of the last of them
-    is_findable: bool = True  # False after a hash collision: nothing more of it can be indexed
+    is_findable: bool = True  # False after a hash collision, or with KV that is not exact: nothing more is indexed
+    is_distilled: bool = False  # some blocks hold merged tokens
+    is_lost: bool = False  # its KV went wrong: to be computed again. It counts as being on the host
+
+    def table(self) -> list[int]:
+        """The pages of blocks on the device as attention reads them: merged ones as often as they stand for one."""
+        if not self.is_distilled:
+            return pages_of(self.blocks)
+        return [block.page for block in self.blocks if block.page is not None for _ in range(block.repeat)]
+
+    def own_pages(self) -> list[int]:
+        """The same, each page once."""
+        return pages_of(self.blocks) if self.is_distilled else self.pages
 
 
 @dataclass
@@ -60,6 +75,8 @@ class Counters:
     prefix_tokens_asked: int = 0
     prefix_tokens_hit: int = 0
     cached_pages_evicted: int = 0
+    groups_distilled: int = 0
+    pages_distilled: int = 0  # that sequences have less by it
     copy_failures: int = 0
 
 
@@ -101,6 +118,11 @@ class KvStats:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
+
+
+def pages_of(blocks: Iterable[Block]) -> list[int]:
+    """The device pages of blocks, those without one left out."""
+    return [block.page for block in blocks if block.page is not None]
 
 
 def as_block(value: Any) -> Block:

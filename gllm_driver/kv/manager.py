@@ -10,11 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..config import SwapConfig
-from ..errors import CapacityError, GllmError
+from ..errors import BackendError, CapacityError, GllmError
 from ..types import PageMetadata
 from .adopt import Fill, adopt
-from .book import PageBook, PageCopier, pages_of
-from .groups import THRASH_S, Counters, Group, KvStats, as_block
+from .book import PageBook, PageCopier
+from .groups import THRASH_S, Counters, Group, KvStats, as_block, pages_of
+from .merging import PageMerger, merge_group
 from .pages import PagePool
 from .prefix import PrefixIndex, PrefixNode
 from .report import audit, fragmentation, page_states
@@ -42,6 +43,10 @@ class KvManager:
 
     Errors of the copier pass through. The call that meets one changes nothing, except that `bring_in` may have moved
     other sequences to the host before its own copy failed.
+
+    With a `merger`, sequences that must make room have their old pages merged first, and leave only when that is not
+    enough. Merged KV is not exact: nothing computed after it is ever found by another sequence, and `drop` or `close`
+    ends it.
     """
 
     def __init__(
@@ -55,10 +60,12 @@ class KvManager:
         clock: Callable[[], float],
         prefix_reuse: bool = True,
         policy: VictimPolicy | None = None,
+        merger: PageMerger | None = None,
     ) -> None:
         self.pool = pool
         self.config = config
         self.policy: VictimPolicy = policy or Hgal(config)
+        self._merger = merger
         self._clock = clock
         self._groups: dict[int, Group] = {}
         self._index = PrefixIndex(pool.page_size, root_key) if prefix_reuse else None
@@ -114,8 +121,12 @@ class KvManager:
         """Whether all its KV is on the device (true of a sequence that has none yet)."""
         return self._groups[seq_id].is_resident
 
+    def is_exact(self, seq_id: int) -> bool:
+        """Whether nothing of its KV was merged, nor computed after KV that was: only then may it be kept for others."""
+        return not self._groups[seq_id].is_distilled
+
     def pages(self, seq_id: int) -> Sequence[int]:
-        """Device pages in order, a list that grows in place; empty while the sequence is on the host."""
+        """The page table, a list that grows in place; empty while the sequence is on the host."""
         return self._groups[seq_id].pages
 
     def num_tokens_reserved(self, seq_id: int) -> int:
@@ -138,22 +149,27 @@ class KvManager:
                 f"{num_tokens} tokens need {wanted} KV pages of {self.pool.page_size}, the cache has "
                 f"{self.pool.num_pages}: ask for fewer tokens or load the model with a larger context"
             )
-        count = wanted - len(group.blocks)
+        count = wanted - len(group.pages)
         if count > 0:
             if not self._make_room(count, seq_id, running):
                 return False
             blocks = self._book.new_blocks(count)
             group.blocks += blocks
             group.pages += pages_of(blocks)
-            self.policy.resized(seq_id, wanted)
+            self.policy.resized(seq_id, len(group.blocks))
         group.num_tokens = max(group.num_tokens, num_tokens)
         return True
 
     def bring_in(self, seq_id: int, running: Collection[int]) -> bool:
-        """Put the whole sequence back on the device, where it is Warm. False: no room now, nothing changed."""
+        """Put the whole sequence back on the device, where it is Warm. False: no room now, nothing changed.
+
+        Raises BackendError when its KV was lost.
+        """
         group = self._groups[seq_id]
         if group.is_resident:
             return True
+        if group.is_lost:
+            raise BackendError(f"the KV of sequence {seq_id} was lost when it was to be merged: compute it again")
         here = [block for block in group.blocks if block.page is not None]
         missing = [block for block in group.blocks if block.page is None]
         with self._book.held(here):  # or making room could take them
@@ -164,7 +180,7 @@ class KvManager:
         self._book.leave_host(group.blocks)
         group.is_resident = True
         group.was_missed = True
-        group.pages = pages_of(group.blocks)
+        group.pages = group.table()
         group.state.swapped_in(self._clock())
         counters = self._counters
         counters.groups_swapped_in += 1
@@ -176,12 +192,16 @@ class KvManager:
     def swap_out(self, seq_id: int) -> bool:
         """Preempt by swap: a protected sequence leaves the working set by this.
 
+        With a merger, a sequence that becomes smaller by merging stays on the device, and leaves when asked again.
         False, nothing changed: the host has no room, swapping is off, or the sequence is warm, pinned or not there.
         """
         group = self._groups[seq_id]
-        group_can = group.is_resident and group.blocks and not group.is_pinned and self.config.enable_swap
+        if not group.is_resident or not group.blocks or group.is_pinned or group.state.is_warm(self._clock()):
+            return False
+        if self._distill(group):
+            return True
         slots = sum(block.slot is None for block in group.blocks)
-        if not group_can or group.state.is_warm(self._clock()) or slots > self._book.host.num_free:
+        if not self.config.enable_swap or slots > self._book.host.num_free:
             return False
         group.state.preempted()
         self._move_out([group])
@@ -285,8 +305,10 @@ class KvManager:
         return self._index.match(tokens, max(0, len(tokens) - 2) // self.pool.page_size)
 
     def _make_room(self, count: int, seq_id: int, running: Collection[int]) -> bool:
-        """Have `count` free pages. False, or an error of the copier: nothing changed."""
+        """Have `count` free pages. False, or an error of the copier: nothing changed but that pages were merged."""
         pool = self.pool
+        if count > pool.num_available and self._merger is not None:
+            self._distill_others(count, seq_id, running)
         short = count - pool.num_available
         if short > 0:
             victims, freed = self._victims(short, seq_id, running)
@@ -313,12 +335,23 @@ class KvManager:
         if not self.config.enable_swap:
             return [], 0
         granule = self.config.granularity_pages
+        chosen, freed = fewest_groups(
+            self._ranked(seq_id, running, must_be_idle=must_be_idle),
+            -(-wanted // granule) * granule,
+            holders=self.pool.holders,
+            needs_slot=lambda page: self._book.blocks[page].slot is None,
+            free_slots=self._book.host.num_free,
+        )
+        return [self._groups[candidate.group] for candidate in chosen], freed
+
+    def _ranked(self, seq_id: int, running: Collection[int], *, must_be_idle: bool = False) -> list[Candidate]:
+        """The groups that may leave the device for the sequence, those to go first first."""
         now = self._clock()
         excluded = {seq_id, *running}
         candidates = [
             Candidate(
                 group.seq_id,
-                group.pages,
+                group.own_pages(),
                 group.state.access_count,
                 group.state.last_access,
                 group.state.swap_in_time,
@@ -329,14 +362,35 @@ class KvManager:
             and group.seq_id not in excluded
             and group.state.may_leave(now, must_be_idle=must_be_idle)
         ]
-        chosen, freed = fewest_groups(
-            self.policy.ranked(candidates, now),
-            -(-wanted // granule) * granule,
-            holders=self.pool.holders,
-            needs_slot=lambda page: self._book.blocks[page].slot is None,
-            free_slots=self._book.host.num_free,
-        )
-        return [self._groups[candidate.group] for candidate in chosen], freed
+        return self.policy.ranked(candidates, now)
+
+    def _distill_others(self, count: int, seq_id: int, running: Collection[int]) -> None:
+        """Merge pages of sequences that may leave, in the order in which they would, until `count` pages can be had."""
+        for candidate in self._ranked(seq_id, running):
+            if count <= self.pool.num_available:
+                return
+            with suppress(GllmError):  # counted; that sequence is as it was, or to be computed again
+                self._distill(self._groups[candidate.group])
+
+    def _distill(self, group: Group) -> bool:
+        """Merge what can be merged of a sequence; whether that was anything. After an error of `write` it is lost."""
+        if self._merger is None:
+            return False
+        counters, before = self._counters, len(group.blocks)
+        is_done = False
+        try:
+            if not merge_group(self._book, group, self._merger):
+                return False
+            is_done = True
+        finally:
+            if not is_done and len(group.blocks) < before:
+                counters.copy_failures += 1
+                self._let_go(group)
+                group.is_resident, group.is_lost = False, True
+        counters.groups_distilled += 1
+        counters.pages_distilled += before - len(group.blocks)
+        self.policy.resized(group.seq_id, len(group.blocks))
+        return True
 
     def _move_out(self, groups: Sequence[Group]) -> None:
         """Swap groups out in one copy. The caller has seen to it that the host has slots enough."""
@@ -366,6 +420,7 @@ class KvManager:
         group.blocks = []
         group.pages = []
         group.is_resident = group.is_findable = True
+        group.is_distilled = group.is_lost = False
         group.num_tokens = group.num_indexed = 0
         group.tail = None
 

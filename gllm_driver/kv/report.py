@@ -20,7 +20,7 @@ def page_states(pool: PagePool, groups: Iterable[Group], policy: VictimPolicy, n
     owners: dict[int, list[Group]] = {page: [] for page in range(pool.num_pages)}
     sinks: set[int] = set()
     for group in groups:
-        ids = group.pages or [pool.num_pages + block.slot for block in group.blocks if block.slot is not None]
+        ids = group.own_pages() or [pool.num_pages + block.slot for block in group.blocks if block.slot is not None]
         sinks.update(ids[:1])
         for page in ids:
             owners.setdefault(page, []).append(group)
@@ -48,11 +48,11 @@ def _metadata(page: int, owners: list[Group], policy: VictimPolicy, now: float, 
 
 def fragmentation(pool: PagePool, groups: Iterable[Group]) -> float:
     """Share of the token room in pages of sequences on the device that they did not reserve."""
-    room = tokens = 0
+    room = unused = 0
     for group in groups:
-        room += len(group.pages) * pool.page_size
-        tokens += group.num_tokens if group.pages else 0
-    return 1.0 - tokens / room if room else 0.0
+        room += len(group.own_pages()) * pool.page_size
+        unused += len(group.pages) * pool.page_size - group.num_tokens if group.pages else 0
+    return unused / room if room else 0.0
 
 
 def audit(
@@ -73,12 +73,16 @@ def audit(
     swapped: Counter[int] = Counter()
     on_host: dict[int, Block] = {}
     for group in groups.values():
-        assert group.num_tokens <= len(group.blocks) * pool.page_size, "tokens reserved without a page"
+        num_pages = sum(block.repeat for block in group.blocks)
+        assert group.num_tokens <= num_pages * pool.page_size, "tokens reserved without a page"
+        assert group.is_distilled or num_pages == len(group.blocks), "merged pages in a sequence that knows of none"
+        assert not (group.is_distilled and group.is_findable), "what follows merged pages can be found"
         assert len(set(map(id, group.blocks))) == len(group.blocks), "a block twice in a sequence"
         if group.is_resident:
-            assert group.pages == [block.page for block in group.blocks], f"pages of sequence {group.seq_id} differ"
-            holders.update(group.pages)
-            assert all(blocks[page] is block for page, block in zip(group.pages, group.blocks, strict=True))
+            own = group.own_pages()
+            assert group.pages == group.table(), f"pages of sequence {group.seq_id} differ"
+            holders.update(own)
+            assert all(blocks[page] is block for page, block in zip(own, group.blocks, strict=True))
         else:
             assert not group.pages, f"sequence {group.seq_id} is on the host and has pages"
             for block in group.blocks:
@@ -91,6 +95,10 @@ def audit(
     assert len(holders) == pool.num_used, "pages are held by nobody known"
     for page, count in holders.items():
         assert pool.holders(page) == count, f"page {page} has {count} sequences, the pool counts {pool.holders(page)}"
+    for page, block in blocks.items():
+        if block.repeat > 1:
+            assert block.node is None, f"page {page} holds merged tokens and can be found"
+            assert pool.holders(page) == 1, f"page {page} holds merged tokens and is shared"
     indexed = 0
     for node in index:
         block = as_block(node.block)

@@ -9,6 +9,7 @@ import numpy as np
 from gllm_driver.config import SwapConfig
 from gllm_driver.errors import BackendError
 from gllm_driver.kv.manager import KvManager
+from gllm_driver.kv.merging import PageMerger
 from gllm_driver.kv.pages import PagePool
 from gllm_driver.kv.swap import VictimPolicy
 
@@ -26,6 +27,7 @@ class World:
         *,
         prefix_reuse: bool = True,
         policy: VictimPolicy | None = None,
+        merger: PageMerger | None = None,
     ) -> None:
         self.device = np.full((num_pages, PAGE), -1, np.int64)
         self.host = np.full((num_slots, PAGE), -1, np.int64)
@@ -43,6 +45,7 @@ class World:
             clock=lambda: self.now,
             prefix_reuse=prefix_reuse,
             policy=policy,
+            merger=merger,
         )
 
     # PageCopier

@@ -154,6 +154,7 @@ def test_options_reach_the_model(model: FakeModel) -> None:
         "dtype": "bf16",
         "threads": 3,
         "kv_store": None,
+        "kv_distill": None,
         "context_length": 99,
         "deterministic": True,
     }

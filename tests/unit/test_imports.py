@@ -23,7 +23,7 @@ LAYERS = (
     {"loaders"},
     {"convert", "sched", "metrics", "text", "demo"},
     {"engine"},
-    {"embedding", "generation"},
+    {"distillation", "embedding", "generation"},
     {"llm"},
     {"evaluation"},
     {"__init__"},

@@ -71,7 +71,7 @@ class Saving:
         if saved.is_over or self.is_off:
             return False
         stop = self._next_stop(sequence, saved)
-        if stop is None or not manager.is_resident(sequence.id):
+        if stop is None or not manager.is_resident(sequence.id) or not manager.is_exact(sequence.id):
             return False
         key = KvChunkKey.after(config.root, saved.last_key, sequence.tokens[saved.num_tokens : stop])
         if key not in self._known:
