@@ -62,7 +62,8 @@ def run_gllm(model: str, threads: int, sequences: int, tokens: int) -> dict[str,
 def run_llama_cpp(model: str, threads: int, sequences: int, tokens: int) -> dict[str, float]:
     import llama_cpp
 
-    llama_cpp.llama_log_set(_SILENT(lambda *_: None), None)
+    silent = llama_cpp.llama_log_callback(lambda *_: None)  # called as long as the process lives: a name keeps it
+    llama_cpp.llama_log_set(silent, None)
     llama_cpp.llama_backend_init()
     loaded = llama_cpp.llama_model_load_from_file(model.encode(), llama_cpp.llama_model_default_params())
     params = llama_cpp.llama_context_default_params()
@@ -95,15 +96,6 @@ def run_llama_cpp(model: str, threads: int, sequences: int, tokens: int) -> dict
     return best
 
 
-def _SILENT(function):  # type: ignore[no-untyped-def]  # noqa: N802 - a callback kept for the life of the process
-    import llama_cpp
-
-    callback = llama_cpp.llama_log_callback(function)
-    _KEPT.append(callback)
-    return callback
-
-
-_KEPT: list[object] = []
 ENGINES = {"gllm": run_gllm, "llama.cpp": run_llama_cpp}
 
 
