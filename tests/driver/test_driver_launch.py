@@ -20,6 +20,7 @@ from gllm_driver.driver.launch import PackedParams
 from gllm_driver.driver.manifest import FOLDER, read_manifest
 from gllm_driver.driver.module import KernelLibrary, Module
 from gllm_driver.errors import ContextLost, CubinError, DriverError, NoKernelImage
+from gllm_driver.launch._wgmma import UNPACK_ARGS
 from gllm_driver.ops import CONTRACTS
 
 SCALE = np.dtype([("in", "<i8"), ("out", "<i8"), ("n", "<i4"), ("shared_floats", "<i4"), ("factor", "<f4")], align=True)
@@ -237,7 +238,8 @@ def test_the_library_loads_what_is_shipped(device: Device) -> None:
         for symbol in entry.kernels:
             if session.on_real_gpu() or op in ("embedding", "rms_norm"):
                 function = library.function(symbol)
-                assert function.param_nbytes[0] == CONTRACTS[op].struct.itemsize
+                struct = UNPACK_ARGS if symbol.startswith("pack_weight__unpack") else CONTRACTS[op].struct
+                assert function.param_nbytes[0] == struct.itemsize
 
 
 def test_a_kernel_comes_from_the_best_binary_that_has_it(stub: session.Stub, tmp_path: Path) -> None:

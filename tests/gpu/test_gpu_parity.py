@@ -19,9 +19,12 @@ from cuda_runner import DEVICE_WEIGHTS, DriverRunner, kernel_ops  # noqa: E402
 from cuda_tolerance import activations_for, contract_for  # noqa: E402
 from op_harness import label, run_case, storages  # noqa: E402
 from op_memory import Storage  # noqa: E402
+from test_cuda_each_kernel import tensors_of  # noqa: E402
 
+from gllm_driver.launch import DeviceProps, launches  # noqa: E402
 from gllm_driver.ops import CONTRACTS  # noqa: E402
 from gllm_driver.ops.contract import Case  # noqa: E402
+from gllm_driver.packed_types import PACKED_DTYPES  # noqa: E402
 
 
 @functools.cache
@@ -56,5 +59,15 @@ PRODUCTS = ("linear", "fused_gate_up_silu", "fused_qkv_rope")
 @pytest.mark.parametrize(("op", "case", "storage", "index"), (p for p in parameters() if p.values[0] in PRODUCTS))
 def test_products_in_default_mode(op: str, case: Case, storage: Storage, index: int) -> None:
     """Few tokens have kernels of their own there, which want aligned memory."""
-    held_to = contract_for(op, case, storage)
-    run_case(held_to, case, storage, runner(deterministic=False), 0, activations_for(op, storage))
+    held_to, by = contract_for(op, case, storage), runner(deterministic=False)
+    run_case(held_to, case, storage, by, 0, activations_for(op, storage), unpacked(op, case, storage, by.props))
+
+
+def unpacked(op: str, case: Case, storage: Storage, props: DeviceProps) -> list[str]:
+    """Packed weights that are unpacked to f16 before they are multiplied."""
+    tensors = tensors_of(CONTRACTS[op], case, storage)
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items()}
+    calls = launches(op, CONTRACTS[op].bind(tensors, case.scalars), dtypes, props, False)
+    if not any(call.symbol.startswith("pack_weight__unpack") for call in calls):
+        return []
+    return [name for name, dtype in storage.items() if dtype in PACKED_DTYPES]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from op_judge import Alternatives, Judge, first_difference
-from op_memory import Placed, Storage, decode, dtype_named, encode
+from op_memory import Placed, Storage, decode, dtype_named, encode, rounded
 
 from gllm_driver.ops._sample_reference import certain_rows
 from gllm_driver.ops.contract import Case, Contract
@@ -66,13 +66,19 @@ def run_case(
     runner: Runner,
     shift: int = 0,
     alternatives: Alternatives | None = None,
+    in_halves: Collection[str] = (),
 ) -> None:
-    """Place the arrays, run the op, check memory and results. AssertionError says what is wrong."""
+    """Place the arrays, run the op, check memory and results. AssertionError says what is wrong.
+
+    in_halves: weights that the kernel rounds to f16, as the judge then does.
+    """
     placed: dict[str, Placed] = {}
     inputs: dict[str, np.ndarray] = {}
     for i, (name, values) in enumerate(case.arrays.items()):
         data = encode(values, storage[name])
         inputs[name] = decode(data, storage[name], values.shape)
+        if name in in_halves:
+            inputs[name] = rounded(inputs[name], "f16")
         placed[name] = Placed(data, dtype_named(storage[name]), values.shape, shift * (i + 1))
     judge = Judge(contract, case, storage, inputs, alternatives)
     for array in contract.arrays:
