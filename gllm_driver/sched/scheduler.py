@@ -125,10 +125,14 @@ class Scheduler:
         return left if self.config.chunk_size is None else min(left, self.config.chunk_size)
 
     def _add_decode(self, plan: StepPlan, sequence: RunningSequence) -> bool:
-        """Plan one token of a sequence that decodes, if it is still among those that run and gets its page."""
-        if sequence.phase is not Phase.RUNNING or sequence.chunk_left(self.config.chunk_invariant):
+        """Plan one token of a sequence that decodes, if it is still among those that run and gets its page.
+
+        One that has a chunk to compute gets its pages here too: they are there already, unless an interrupt came
+        between its newest token and the count of what was computed, and that chunk is one token longer now.
+        """
+        if sequence.phase is not Phase.RUNNING or not self._make_room(sequence, len(sequence.tokens)):
             return False
-        if not self._make_room(sequence, sequence.num_computed + 1):
+        if sequence.chunk_left(self.config.chunk_invariant):
             return False
         plan.pieces.append(Piece(sequence, sequence.num_computed, 1))
         return True

@@ -19,6 +19,7 @@ from hostsim import session
 import gllm_driver as gllm
 from gllm_driver import driver
 from gllm_driver.backends import select
+from gllm_driver.backends.cuda.transfer import MAX_WORKERS
 from gllm_driver.driver.manifest import read_manifest
 from gllm_driver.errors import (
     BackendError,
@@ -105,7 +106,7 @@ def test_a_load_that_fails_leaves_nothing(stub: session.Stub, name: str) -> None
     stub.set_faults(f"{name}:1=2")
     with pytest.raises(BackendError):
         load_cuda(tiny(MODEL), context_length=64)
-    assert stub.num_calls(name) == 1
+    assert 1 <= stub.num_calls(name) <= MAX_WORKERS  # threads of the upload may ask at the same time
 
 
 # ---- failing work

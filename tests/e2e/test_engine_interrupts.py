@@ -7,8 +7,10 @@ import random
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from types import FrameType
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from fake_backend import FakeBackend
@@ -114,6 +116,21 @@ def test_an_interrupt_anywhere_loses_nothing(seed: int, has_store: bool) -> None
         assert subject.manager.stats().num_used == 0
         assert not subject._stepping.locked()
         subject.close()
+
+
+@pytest.mark.parametrize("num_pages", [4, 12])
+def test_an_interrupt_after_the_first_token_of_a_prompt_that_fills_its_pages(num_pages: int) -> None:
+    """The chunk that is computed again is one token longer than the pages it had."""
+    wants = [replace(request, tokens=[7] * 12, max_tokens=4) for request in REQUESTS[:2]]
+    subject = engine_of(FakeBackend(), num_pages, max_batch=3, chunk_size=12, idle_chunk_size=12)
+    handles = [subject.submit(want) for want in wants]
+    for handle in handles:
+        handle.listen(Mock(side_effect=[KeyboardInterrupt, *[None] * 10]))
+        with pytest.raises(KeyboardInterrupt):
+            handle.result()
+    assert [handle.result() for handle in handles] == [alone(want, chunky=False)[0] for want in wants]
+    subject.audit()
+    subject.close()
 
 
 def test_real_signals_leave_no_lock_and_no_gap() -> None:
