@@ -7,6 +7,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_dot.cuh"
 #include "common/quant_mma.cuh"
 #include "generated/fused_gate_up_silu_args.h"
 
@@ -59,6 +60,11 @@ struct GateUp {
   __device__ __forceinline__ PackedTile packed(int index) const {
     if (!is_gated()) return {a.up, a.up_dtype, index * kTileRows, 1, a.F};
     return {index % 2 == 0 ? a.gate : a.up, a.up_dtype, index / 2 * kTileRows, 1, a.F};  // both are of one type
+  }
+
+  template <int kBits>
+  __device__ __forceinline__ int scale_nbytes(int segments) const {
+    return packed_scale_nbytes<kBits>(a.up_dtype, segments);
   }
 
   // `value` is what is activated: the gate's where there is one.
@@ -129,9 +135,12 @@ MMA_VARIANTS(MMA)
 QUANT_ROWS(1)
 QUANT_ROWS(2)
 
-#define QUANT_GEMV(bits)                                                                                              \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(GateUp(a), nullptr); }              \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few, void *scratch) { quant_gemv<bits, true>(GateUp(a), scratch); }
+#define QUANT_DOT(bits, rows) \
+  KERNEL((kQuantDotThreads, kQuantDotBlocks), dot_q##bits##_r##rows) { quant_dot<bits, rows>(GateUp(a)); }
+QUANT_DOT_VARIANTS(QUANT_DOT)
+
+#define QUANT_GEMV(bits) \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits, void *scratch) { quant_gemv<bits>(GateUp(a), scratch); }
 QUANT_VARIANTS(QUANT_GEMV)
 
 #define QUANT_MMA(bits, tokens, rows, ...) \

@@ -10,6 +10,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_dot.cuh"
 #include "common/quant_mma.cuh"
 #include "generated/fused_qkv_rope_args.h"
 
@@ -82,6 +83,14 @@ struct Qkv {
     int unit = index / 2;
     const int part = part_of(unit), rows = rows_of(part);
     return {weight_of(part), dtype_of(part), unit < units(rows) ? first_row(part, unit, index % 2) : rows, row_step(part, unit), rows};
+  }
+
+  template <int kBits>
+  __device__ __forceinline__ int scale_nbytes(int segments) const {
+    int most = 0;
+#pragma unroll
+    for (int part = 0; part < 3; part++) most = max(most, packed_scale_nbytes<kBits>(dtype_of(part), segments));
+    return most;
   }
 
   // Where dim 0 of a token's head goes: an element of q, or of the cache for keys (part 1) and values (part 2).
@@ -223,11 +232,14 @@ MMA_VARIANTS(MMA)
 QUANT_ROWS(1)
 QUANT_ROWS(2)
 
-#define QUANT_GEMV(bits)                                                                                                \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(Qkv(a, scratch), nullptr); }     \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few) {                                                          \
-    const Qkv op(a, scratch);                                                                                          \
-    quant_gemv<bits, true>(op, op.rows_scratch());                                                                     \
+#define QUANT_DOT(bits, rows) \
+  KERNEL((kQuantDotThreads, kQuantDotBlocks), dot_q##bits##_r##rows) { quant_dot<bits, rows>(Qkv(a, scratch)); }
+QUANT_DOT_VARIANTS(QUANT_DOT)
+
+#define QUANT_GEMV(bits)                                       \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits) {        \
+    const Qkv op(a, scratch);                                  \
+    quant_gemv<bits>(op, op.rows_scratch());                   \
   }
 QUANT_VARIANTS(QUANT_GEMV)
 

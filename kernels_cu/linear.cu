@@ -7,6 +7,7 @@
 #include "common/mma_gemm.cuh"
 #include "common/plain_gemm.cuh"
 #include "common/product_variants.cuh"
+#include "common/quant_dot.cuh"
 #include "common/quant_mma.cuh"
 #include "generated/linear_args.h"
 
@@ -30,6 +31,11 @@ struct Linear {
   __device__ __forceinline__ int dtype_of_unit(int) const { return a.weight_dtype; }
 
   __device__ __forceinline__ PackedTile packed(int index) const { return {a.weight, a.weight_dtype, index * kTileRows, 1, a.N}; }
+
+  template <int kBits>
+  __device__ __forceinline__ int scale_nbytes(int segments) const {
+    return packed_scale_nbytes<kBits>(a.weight_dtype, segments);
+  }
 
   // What is added to a result: read before it is needed.
   struct Early {
@@ -91,9 +97,12 @@ MMA_VARIANTS(MMA)
 QUANT_ROWS(1)
 QUANT_ROWS(2)
 
-#define QUANT_GEMV(bits)                                                                                              \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_one) { quant_gemv<bits, false>(Linear(a), nullptr); }              \
-  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits##_few, void *scratch) { quant_gemv<bits, true>(Linear(a), scratch); }
+#define QUANT_DOT(bits, rows) \
+  KERNEL((kQuantDotThreads, kQuantDotBlocks), dot_q##bits##_r##rows) { quant_dot<bits, rows>(Linear(a)); }
+QUANT_DOT_VARIANTS(QUANT_DOT)
+
+#define QUANT_GEMV(bits) \
+  KERNEL((kQuantThreads, kQuantBlocks), gemv_q##bits, void *scratch) { quant_gemv<bits>(Linear(a), scratch); }
 QUANT_VARIANTS(QUANT_GEMV)
 
 #define QUANT_MMA(bits, tokens, rows, ...) \

@@ -29,7 +29,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return by_warpgroups(weights, T, D, F, device)
     if packed.fits(weights, device) and not is_mixed:
         tiles = ceil_div(F, packed.TILE_ROWS // len(weights))
-        return packed.products(OP, [packed.bits_of(dtype)], T, D, tiles, device, deterministic)
+        return packed.products(OP, [dtype], T, D, tiles, device, deterministic)
     if not deterministic and not is_mixed and (dot := products.dot(OP, weights, T, D, units, 2, device)):
         return [dot]
     if is_mixed or not products.on_tensor_cores(weights, D, device):

@@ -47,8 +47,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         product = by_warpgroups(weights, T, D, QD, KD, device, raw, f"_d{head_dim}" if finishes else "")
         return product if finishes else [*product, place]
     if packed.fits(weights, device):
-        widths = list(dict.fromkeys(packed.bits_of(kind) for kind in kinds))
-        return packed.products(OP, widths, T, D, units, device, deterministic, raw) + finish
+        return packed.products(OP, kinds, T, D, units, device, deterministic, raw) + finish
     if not deterministic and not any(packed.is_packed(kind) for kind in kinds):
         families = dict.fromkeys(map(products.dot_kind, kinds))
         dots = [products.dot(OP, of_family(weights, family), T, D, units, 2, device, raw) for family in families]

@@ -24,7 +24,7 @@ def launches(a: np.ndarray, dtypes: Mapping[str, str], device: DeviceProps, dete
         return by_warpgroups(weights, T, K, N, device)
     if packed.fits(weights, device):
         tiles = ceil_div(N, packed.TILE_ROWS)
-        return packed.products("linear", [packed.bits_of(dtype)], T, K, tiles, device, deterministic)
+        return packed.products("linear", [dtype], T, K, tiles, device, deterministic)
     tiles = ceil_div(N, products.TILE_ROWS)
     if not deterministic and (dot := products.dot("linear", weights, T, K, tiles, 1, device)):
         return [dot]

@@ -107,6 +107,18 @@ __device__ __forceinline__ uint4 load_stream16(const void *p) {
   return v;
 }
 
+// ---- four byte products added to c; a's bytes have no sign, b's have one or not. sm_61 and later
+__device__ __forceinline__ int dp4a_u32_s32(uint32_t a, uint32_t b, int c) {
+  int d;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ int dp4a_u32_u32(uint32_t a, uint32_t b, int c) {
+  int d;
+  asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // ---- overlapping launches (sm_90). A launch that may overlap starts while the one before it runs, as soon as all blocks of
 // that one have called allow_next_launch() or ended. Before wait_for_earlier_launches() a kernel touches nothing but its
 // parameters and memory no kernel ever writes (weights); afterwards all that was launched before has ended, memory included.
@@ -159,6 +171,11 @@ __device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffffu, st
 #include "hostsim.h"
 
 __device__ __forceinline__ uint4 load_stream16(const void *p) { return *static_cast<const uint4 *>(p); }
+__device__ __forceinline__ int dp4a_u32_s32(uint32_t a, uint32_t b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int>(a >> i & 255) * static_cast<int8_t>(b >> i);
+  return c;
+}
+__device__ __forceinline__ int dp4a_u32_u32(uint32_t a, uint32_t b, int c) { return static_cast<int>(__dp4a(a, b, static_cast<unsigned>(c))); }
 __device__ __forceinline__ void allow_next_launch() {}
 __device__ __forceinline__ void wait_for_earlier_launches() {}
 __device__ __forceinline__ int dynamic_smem_nbytes() { return static_cast<int>(hs::engine->dynamic_nbytes); }

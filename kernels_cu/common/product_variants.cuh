@@ -22,8 +22,9 @@
   X(bf16, BF16, 128, 128, 2, 4, 3)  \
   X(bf16, BF16, 64, 64, 2, 2, 4)
 
-// Packed weights: every width, and for each of them the kernels of one token, of few,
-// and of many (bits, tokens and weight rows of a block, warps along each, stages, segments).
+// Packed weights: every width, and for each of them the kernels of one token (bits, weight rows of a warp), of few, and
+// of many (bits, tokens and weight rows of a block, warps along each, stages, segments).
+#define QUANT_DOT_VARIANTS(X) X(8, 2) X(8, 4) X(4, 2) X(4, 4) X(2, 2) X(2, 4) X(1, 2)
 #define QUANT_VARIANTS(X) X(8) X(4) X(2) X(1)
 #define QUANT_MMA_VARIANTS_OF(X, bits) X(bits, 64, 128, 2, 4, 3, 2) X(bits, 32, 32, 2, 2, 8, 3)
 #define QUANT_MMA_VARIANTS(X) \

@@ -56,7 +56,7 @@ __device__ __forceinline__ void copy_segment(unsigned char *quants, unsigned cha
   }
 }
 
-template <int kBits, bool kPrepared, class Op>
+template <int kBits, class Op>
 struct QuantGemv {
   static constexpr int kStages = kQuantStages<kBits>, kStageNbytes = kQuantStageNbytes<kBits>;
   static constexpr int kItems = Op::kUnit == 1 ? kQuantRows : kUnitRows8;  // results of a token in a tile
@@ -100,22 +100,10 @@ struct QuantGemv {
   }
 
   // Activations of a panel, every slot.
-  __device__ __forceinline__ void fill_rows(int first, const RowFactors &f, const SlotRows &prepared) const {
-    if constexpr (kPrepared) {
-      const int pieces = count(first) * kQuantSteps * slots * (kSlotNbytes / 16);
-      const unsigned char *from = prepared.steps + static_cast<int64_t>(first) * kQuantSteps * slots * kSlotNbytes;
-      for (int i = threadIdx.x; i < pieces; i += kQuantThreads) store16(rows + i * 16, load16(from + i * 16));
-    } else {
-      const SlotRow<Op::kNorm> row(op.x, op.norm, op.K);
-      const int start = first * (kPackedSegment / 4);
-#pragma unroll 4
-      for (int i = threadIdx.x; i < count(first) * (kPackedSegment / 4); i += kQuantThreads) {
-        uint2 words[kQuantPlanes];
-        row.template planes<kQuantPlanes>(start + i, f, words);
-#pragma unroll
-        for (int p = 0; p < kQuantPlanes; p++) *reinterpret_cast<uint2 *>(rows + slot_place(i, p, slots)) = words[p];
-      }
-    }
+  __device__ __forceinline__ void fill_rows(int first, const SlotRows &prepared) const {
+    const int pieces = count(first) * kQuantSteps * slots * (kSlotNbytes / 16);
+    const unsigned char *from = prepared.steps + static_cast<int64_t>(first) * kQuantSteps * slots * kSlotNbytes;
+    for (int i = threadIdx.x; i < pieces; i += kQuantThreads) store16(rows + i * 16, load16(from + i * 16));
   }
 
   template <bool kFine, bool kOffset>
@@ -198,13 +186,11 @@ struct QuantGemv {
   }
 };
 
-// `scratch`: prepared slots, if kPrepared; else op.T is 1.
-template <int kBits, bool kPrepared, class Op>
+// `scratch`: prepared slots.
+template <int kBits, class Op>
 __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
-  using Kernel = QuantGemv<kBits, kPrepared, Op>;
+  using Kernel = QuantGemv<kBits, Op>;
   DYN_SHARED(unsigned char, shared);
-  SHARED(float, reduction, kQuantWarps);
-  SHARED(float, unscale, 1);
   const Kernel kernel(op, shared);
   QuantTile<kBits> from;  // the tile that is copied
   int from_tile = -1;
@@ -226,17 +212,10 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
   wait_for_earlier_launches();
 
   const SlotRows prepared(scratch, op.T, op.K, kernel.planes);
-  RowFactors f{};
-  const float *unscales = prepared.unscale;
-  if constexpr (!kPrepared) {
-    f = SlotRow<Op::kNorm>(op.x, op.norm, op.K).factors(reduction);
-    if (threadIdx.x == 0) unscale[0] = f.unscale;
-    unscales = unscale;
-  }
   int stage = 0;  // where the next segment is in the ring
   for (int first = 0; first < kernel.segments; first += kernel.panel) {
     __syncthreads();  // all have read the rows of the last panel
-    kernel.fill_rows(first, f, prepared);
+    kernel.fill_rows(first, prepared);
     __syncthreads();
     int local = 0;
     for (int tile = blockIdx.x; tile < kernel.tiles; tile += gridDim.x, local++) {
@@ -254,7 +233,7 @@ __device__ __forceinline__ void quant_gemv(const Op &op, void *scratch) {
       }
       kernel.put_part(local & 1, sum);
       __syncthreads();  // parts are there; those of the tile before are read, so the next tile may write its own
-      kernel.finish_tile(first, tile, local, unscales);
+      kernel.finish_tile(first, tile, local, prepared.unscale);
     }
   }
   cp_async_wait<0>();

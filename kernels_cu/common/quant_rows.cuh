@@ -57,37 +57,38 @@ struct SlotRow {
     return v;
   }
 
-  // All kSlotThreads threads of the block; `scratch` has an entry per warp.
+  // All kThreads threads of the block; `scratch` has an entry per warp.
+  template <int kThreads = kSlotThreads>
   __device__ __forceinline__ RowFactors factors(float *scratch) const {
     float mean = 0, factor = 1, top = 0;
     if constexpr (kNorm) {
       if (norm.center) {
         float sum = 0;
 #pragma unroll 4
-        for (int i = threadIdx.x; 4 * i < K; i += kSlotThreads) {
+        for (int i = threadIdx.x; 4 * i < K; i += kThreads) {
           const float4 v = row_load4(x, i, K, aligned);
           sum += v.x + v.y + v.z + v.w;
         }
-        mean = block_sum<kSlotThreads>(sum, scratch) / static_cast<float>(K);
+        mean = block_sum<kThreads>(sum, scratch) / static_cast<float>(K);
       }
       float sum = 0;
 #pragma unroll 4
-      for (int i = threadIdx.x; 4 * i < K; i += kSlotThreads) {
+      for (int i = threadIdx.x; 4 * i < K; i += kThreads) {
         float4 v = row_load4(x, i, K, aligned);
         v.x -= mean, v.y -= mean, v.z -= mean, v.w -= mean;
         const float4 w = row_load4(norm.weight, i, K, aligned);
         sum = fmaf(v.w, v.w, fmaf(v.z, v.z, fmaf(v.y, v.y, fmaf(v.x, v.x, sum))));
         top = fmaxf(top, top4(make_float4(v.x * w.x, v.y * w.y, v.z * w.z, v.w * w.w)));
       }
-      factor = 1.f / sqrtf(block_sum<kSlotThreads>(sum, scratch) / static_cast<float>(K) + norm.eps);
+      factor = 1.f / sqrtf(block_sum<kThreads>(sum, scratch) / static_cast<float>(K) + norm.eps);
       top *= factor;
     }
     if (!kNorm || norm.bias != nullptr) {
       top = 0;
 #pragma unroll 8
-      for (int i = threadIdx.x; 4 * i < K; i += kSlotThreads) top = fmaxf(top, top4(normalized4(i, mean, factor)));
+      for (int i = threadIdx.x; 4 * i < K; i += kThreads) top = fmaxf(top, top4(normalized4(i, mean, factor)));
     }
-    const int exponent = scale_exponent(block_max<kSlotThreads>(top, scratch));
+    const int exponent = scale_exponent(block_max<kThreads>(top, scratch));
     return {mean, factor, power_of_two(exponent), power_of_two(-exponent)};
   }
   static __device__ __forceinline__ float top4(float4 v) {

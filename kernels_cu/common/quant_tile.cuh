@@ -26,6 +26,13 @@ struct Packed {
   static __device__ __forceinline__ bool holds(int code) { return is_packed(code) && (1 << (code & 3)) == kBits; }
 };
 
+// Bytes of `segments` segments of a row's scales; 0 for rows of another width.
+template <int kBits>
+__device__ __forceinline__ int packed_scale_nbytes(int code, int segments) {
+  const PackedFormat format(code);
+  return Packed<kBits>::holds(code) ? segments * (kPackedSegment >> format.group_shift) * format.scale_nbytes() : 0;
+}
+
 // Two tiles of an op side by side. Rows that are missing, or stored in another width, are zeros.
 template <int kBits>
 struct QuantTile {

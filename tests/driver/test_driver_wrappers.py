@@ -142,6 +142,16 @@ def test_reductions(run: Run, seed: int) -> None:
     assert (out[1] == np.nanmax(v)).all()  # a NaN loses to any number
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_byte_products(run: Run, seed: int) -> None:
+    g = np.random.default_rng(seed)
+    a, b = g.integers(0, 256, (2, 32, 4), dtype=np.uint8)
+    c = g.integers(-(2**20), 2**20, 32, dtype=np.int32)
+    (out,) = run("byte_products", 32, [a, b, c], [np.zeros((2, 32), np.int32)])
+    for row, bytes_of_b in zip(out, (b.view(np.int8), b), strict=True):
+        assert np.array_equal(row, (a.astype(int) * bytes_of_b).sum(axis=1) + c)
+
+
 def test_named_barriers(run: Run) -> None:
     v = np.random.default_rng(0).integers(0, 1000, 128, dtype=np.int32)
     (out,) = run("named_barrier", 128, [v], [np.zeros(128, np.int32)])

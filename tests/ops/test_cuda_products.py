@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_runner import DEVICE_WEIGHTS, hostsim_folder, kernel_ops
-from cuda_tolerance import activations_for
+from cuda_tolerance import INTEGERS, activations_for
 from op_harness import label, run_case, storages
 from op_memory import Placed, Storage, decode, dtype_named, encode
 from test_cuda_parity import ROOT
@@ -56,9 +56,13 @@ def parameters() -> list[Any]:
 
 @pytest.mark.parametrize(("op", "case", "storage"), parameters())
 def test_default_mode(op: str, case: Case, storage: Storage) -> None:
-    """With few tokens nothing is rounded that f32 holds; aligned memory, so tensor cores get all they can take."""
-    exact = packed.EXACT_TOKENS if any(d in PACKED_DTYPES for d in storage.values()) else products.MAX_DOT_TOKENS
-    alternatives = {} if len(case.arrays["x"]) <= exact else activations_for(op, storage)
+    """With few tokens nothing is rounded that f32 holds, but for one with packed weights, which is integers of 16 bits;
+    aligned memory, so tensor cores get all they can take."""
+    num_tokens, is_packed = len(case.arrays["x"]), any(d in PACKED_DTYPES for d in storage.values())
+    alternatives = activations_for(op, storage)
+    most = packed.EXACT_TOKENS if is_packed else products.MAX_DOT_TOKENS
+    if num_tokens <= most:
+        alternatives = {INTEGERS: alternatives[INTEGERS]} if num_tokens == 1 and is_packed else {}
     run_case(CONTRACTS[op], case, storage, run, alternatives=alternatives)
 
 
@@ -144,10 +148,10 @@ def test_heads_get_the_same_bits_whatever_the_number_of_tokens(dtype: str, has_h
 WEIGHTS = ("wq", "wk", "wv")
 
 
-@pytest.mark.parametrize("T", [1, 3])
-def test_one_launch_multiplies_both_16_bit_floats(T: int) -> None:
-    g = rng("both halves", T)
-    heads, kv_heads, head_dim, hidden = 4, 2, 32, 96
+def projections(T: int, hidden: int) -> tuple[dict[str, np.ndarray], Storage, dict[str, float]]:
+    """Arrays (weights are numbers that both 16-bit floats hold), what they are stored as, scalars of fused_qkv_rope."""
+    g = rng("projections", T)
+    heads, kv_heads, head_dim = 4, 2, 32
     arrays = {
         "x": normal(g, T, hidden),
         "norm": normal(g, hidden),
@@ -157,16 +161,36 @@ def test_one_launch_multiplies_both_16_bit_floats(T: int) -> None:
         "page_table": np.zeros((1, 1), np.int32),
         "kv": np.zeros((1, 1, 2, kv_heads, 16, head_dim), np.float32),
     }
-    for name, n in zip(WEIGHTS, (heads, kv_heads, kv_heads), strict=True):  # numbers that both types hold
+    for name, n in zip(WEIGHTS, (heads, kv_heads, kv_heads), strict=True):
         arrays[name] = (g.integers(-128, 128, (n * head_dim, hidden)) / 256).astype(np.float32)
     storage = dict.fromkeys(arrays, "f32") | {"positions": "i64", "seq": "i32", "page_table": "i32"}
-    scalars = {"layer": 0, "rope_style": 0, "eps": 1e-5, "qk_eps": 1e-6}
+    return arrays, storage, {"layer": 0, "rope_style": 0, "eps": 1e-5, "qk_eps": 1e-6}
+
+
+@pytest.mark.parametrize(
+    "types", [("p4_32m", "p8_16", "p8_32"), ("p8_32", "p8_128", "p8_16"), ("p2_16m", "p1_64", "p2_128z")]
+)
+def test_a_projection_does_not_depend_on_the_packed_types_of_others(types: tuple[str, str, str]) -> None:
+    arrays, storage, scalars = projections(1, 1152)
+    mixed, *alone = (
+        results("fused_qkv_rope", arrays, storage | dict(zip(WEIGHTS, own, strict=True)), scalars, deterministic=False)
+        for own in (types, *((one,) * 3 for one in types))
+    )
+    assert np.array_equal(mixed["q"], alone[0]["q"])
+    assert np.array_equal(mixed["kv"][:, :, 0], alone[1]["kv"][:, :, 0])
+    assert np.array_equal(mixed["kv"][:, :, 1], alone[2]["kv"][:, :, 1])
+    assert len({one["q"].tobytes() for one in alone}) == 3
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_one_launch_multiplies_both_16_bit_floats(T: int) -> None:
+    arrays, storage, scalars = projections(T, 96)
     found = {}
     for types in (("f16",) * 3, ("bf16",) * 3, ("f16", "bf16", "bf16"), ("bf16", "f16", "bf16")):
         mixed = storage | dict(zip(WEIGHTS, types, strict=True))
         found[types] = results("fused_qkv_rope", arrays, mixed, scalars, deterministic=False)
         args = {n: Tensor(256, a.shape, dtype_named(mixed[n])) for n, a in arrays.items()}
-        args["q"] = Tensor(256, (T, heads * head_dim), DTYPES["f32"])
+        args["q"] = Tensor(256, (T, len(arrays["wq"])), DTYPES["f32"])
         bound = CONTRACTS["fused_qkv_rope"].bind(
             {a.name: args.get(a.name) for a in CONTRACTS["fused_qkv_rope"].arrays}, scalars
         )
@@ -195,19 +219,19 @@ def of_linear(
 
 
 def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
-    for dtype in ("f32", "f16", "bf16", "p8_32", "p4_32m", "p2_16m", "p1_128"):
-        for N in (1024, 4096, 151_936):
+    rows_of_warps = {  # for 1024, 4096 and 151,936 weight rows
+        **dict.fromkeys(("f32", "f16", "bf16"), (2, 4, 4)),
+        **dict.fromkeys(("p8_32", "p4_32m", "p2_16m"), (2, 2, 4)),
+        "p1_128": (2, 2, 2),
+    }
+    for dtype, rows in rows_of_warps.items():
+        kind = f"q{dtype[1]}" if dtype in PACKED_DTYPES else f"{products.dot_kind(dtype)}_t1"
+        for N, r in zip((1024, 4096, 151_936), rows, strict=True):
             (launch,) = of_linear(dtype, 1, 3072, N)
-            is_packed = dtype in PACKED_DTYPES
-            family = (
-                f"gemv_q{dtype[1]}_one" if is_packed else f"dot_{products.dot_kind(dtype)}_t1_r{2 if N == 1024 else 4}"
-            )
-            assert launch.symbol == f"linear__{family}"
-            assert launch.grid[0] >= (64 if is_packed else 128)  # there are no more tiles of sixteen rows
-            assert launch.smem_nbytes <= H200_LIKE.max_smem_optin
+            assert launch.symbol == f"linear__dot_{kind}_r{r}"
+            assert launch.grid[0] >= 128
+            assert launch.smem_nbytes <= H200_LIKE.max_smem_optin < 2 * launch.smem_nbytes  # one block a multiprocessor
             assert launch.overlaps
-            if not is_packed:  # a block has its multiprocessor to itself
-                assert 2 * launch.smem_nbytes > H200_LIKE.max_smem_optin
 
 
 def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
@@ -234,6 +258,8 @@ def test_the_sources_have_the_numbers_the_launches_count_with() -> None:
         f"constexpr int kRowThreads = {products.ROW_THREADS};",
         f"constexpr int kDotThreads = {products.DOT_THREADS};",
         f"constexpr int kDotRingNbytes = {products.DOT_RING_NBYTES >> 10} << 10;",
+        f"constexpr int kQuantDotThreads = {packed.DOT_THREADS};",
+        f"constexpr int kQuantDotRingNbytes = {packed.DOT_RING_NBYTES >> 10} << 10;",
         f"constexpr int kMaxGemvTokens = {products.MAX_GEMV_TOKENS};",
         f"constexpr int kPanelNbytes = {products.PANEL_NBYTES >> 10} << 10;",
         f"constexpr int kPlainThreads = {products.PLAIN_THREADS};",

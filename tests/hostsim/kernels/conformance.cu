@@ -105,6 +105,17 @@ extern "C" __global__ void __launch_bounds__(32) conformance__reductions(const R
   t.out[32 + lane] = warp_max(t.in[lane]);
 }
 
+struct BytesCase {
+  const uint32_t *a, *b;  // [32]
+  const int32_t *c;       // [32]
+  int32_t *out;           // [2][32]: b's bytes with a sign, and without
+};
+extern "C" __global__ void __launch_bounds__(32) conformance__byte_products(const BytesCase t) {
+  const int lane = threadIdx.x;
+  t.out[lane] = dp4a_u32_s32(t.a[lane], t.b[lane], t.c[lane]);
+  t.out[32 + lane] = dp4a_u32_u32(t.a[lane], t.b[lane], t.c[lane]);
+}
+
 // Two halves of a block meet at barriers of their own, then all at one: out[i] = in[mirror within its half], twice.
 struct BarrierCase {
   const int32_t *in;  // [128]
