@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from .errors import RequestError
+
+_MAX = 3.4e38  # about the largest number of f32
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,13 @@ class SamplingConfig:
             if not ok:
                 raise RequestError(f"{name} must be {rule}, got {getattr(self, name)}")
 
-        require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "a number ≥ 0")
+        require(0 <= self.temperature <= _MAX, "temperature", "a number ≥ 0 that f32 holds")
         require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         require(0 <= self.min_p < 1, "min_p", "in [0, 1)")
-        require(math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0, "repetition_penalty", "> 0")
-        require(math.isfinite(self.presence_penalty), "presence_penalty", "finite")
-        require(math.isfinite(self.frequency_penalty), "frequency_penalty", "finite")
+        require(0 < self.repetition_penalty <= _MAX, "repetition_penalty", "> 0, and f32 holds it")
+        require(abs(self.presence_penalty) <= _MAX, "presence_penalty", "a number that f32 holds")
+        require(abs(self.frequency_penalty) <= _MAX, "frequency_penalty", "a number that f32 holds")
         require(0 <= self.seed < 2**64, "seed", "in 0 … 2**64−1")
 
     @property

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -15,25 +14,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .config import DistillConfig, KvCacheConfig, SamplingConfig, SwapConfig
-from .engine import Engine, EngineConfig, Request
-from .engine.sharing import KvSharingConfig
+from .config import DistillConfig, SwapConfig
+from .engine import Engine, Request
 from .errors import BackendError, CapacityError, GllmError, RequestError
-from .generation import AsyncTextStream, Circumstances, GenerationOptions, GenerationResult, Text, TextStream, Timings
+from .generation import AsyncTextStream, Circumstances, GenerationOptions, GenerationResult, TextStream
 from .metrics import Metrics
-from .sched.plan import SchedulerConfig
-from .types import DTYPES, FLOAT_DTYPES
+from .placement import Sharing, place
+from .prompts import Prompts
+from .types import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .backends.base import Backend, ModelWeights
+    from .backends.base import Backend
     from .backends.pooling import Pooling
     from .distillation import DistillationCost
     from .embedding import SequenceReader
     from .engine.async_engine import AsyncEngine
     from .engine.core import LogitsVisitor
-    from .kv.distill import Rope
     from .kv.store import KvStore
     from .loaders.tokenizer import Tokenizer
     from .models.arch import Arch
@@ -42,58 +40,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("gllm_driver")
 
 T = TypeVar("T")
-
-PAGE_SIZE = 16
-KV_MEMORY_SHARE = 0.5  # of the free memory, what the KV cache takes at most where nothing is said about it
-CPU_IDLE_CHUNK = 256  # tokens of one prefill step: long enough to reuse weights, short enough to stop quickly
-CUDA_IDLE_CHUNK = 2048  # what fills a large GPU
-
-__all__ = [
-    "LLM",
-    "AsyncTextStream",
-    "GenerationResult",
-    "Sharing",
-    "TextStream",
-    "Timings",
-    "default_kv_dtype",
-    "demo_model_path",
-    "load",
-]
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How requests share the device; `load` explains the options."""
-
-    max_batch: int = 16
-    chunk_size: int | None = 64
-    prefix_reuse: bool = True
-    kv_tokens: int | None = None
-    swap: SwapConfig = field(default_factory=SwapConfig)
-    kv_store: KvStore | None = None
-    distill: DistillConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise RequestError(f"max_batch must be at least 1, got {self.max_batch}")
-        if self.chunk_size is not None and self.chunk_size < 4:
-            raise RequestError(f"chunk_size must be at least 4, got {self.chunk_size}")
-        if self.kv_tokens is not None and self.kv_tokens < 1:
-            raise RequestError(f"kv_tokens must be at least 1, got {self.kv_tokens}")
-        if self.kv_store is not None and not self.prefix_reuse:
-            raise RequestError("kv_store needs prefix_reuse: what it brings is found as a prefix")
-
-    def engine_config(self, *, on_cpu: bool, chunk_invariant: bool) -> EngineConfig:
-        """The same for the engine."""
-        scheduler = SchedulerConfig(
-            max_batch=self.max_batch,
-            chunk_size=self.chunk_size,
-            idle_chunk_size=CPU_IDLE_CHUNK if on_cpu else CUDA_IDLE_CHUNK,
-            chunk_invariant=chunk_invariant,
-            page_move_tokens=0.05 if on_cpu else 4.0,  # 80 µs beside 2 ms; 70 µs (PCIe) beside 30 µs
-            page_size=PAGE_SIZE,
-        )
-        return EngineConfig(scheduler, self.swap, self.prefix_reuse)
 
 
 class LLM:
@@ -119,6 +65,7 @@ class LLM:
         self._backend = backend
         self._engine = engine
         self._async_engine: AsyncEngine | None = None
+        self._prompts = Prompts(engine, checkpoint.defaults, lambda: self.tokenizer)
         self.load_s = load_s
 
     @property
@@ -200,7 +147,7 @@ class LLM:
         Raises RequestError for an empty prompt, ids outside the vocabulary, options out of range; CapacityError when
         the prompt leaves no room in the context, or the KV cache cannot hold it.
         """
-        request, text = self._request(prompt, **options)
+        request, text = self._prompts.request(prompt, **options)
         return TextStream(self._engine.submit(request), text, self._circumstances(request))
 
     def async_stream(self, prompt: str | Sequence[int], **options: Unpack[GenerationOptions]) -> AsyncTextStream:
@@ -209,7 +156,7 @@ class LLM:
 
         if self._async_engine is None:
             self._async_engine = AsyncEngine(self._engine)
-        request, text = self._request(prompt, **options)
+        request, text = self._prompts.request(prompt, **options)
         return AsyncTextStream(self._async_engine.submit(request), text, self._circumstances(request))
 
     @property
@@ -219,67 +166,6 @@ class LLM:
 
     def _circumstances(self, request: Request) -> Circumstances:
         return Circumstances(self.device, self.load_s, len(request.tokens), self._backend.traffic)
-
-    def _request(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        priority: int = 0,
-        flow: str = "",
-        deadline_s: float | None = None,
-    ) -> tuple[Request, Text]:
-        """A request, and where its text will be."""
-        if isinstance(stop, str):
-            stop = (stop,)
-        if any(not s for s in stop):
-            raise RequestError("a stop string must not be empty")
-        if isinstance(prompt, str):
-            if not prompt:
-                raise RequestError("the prompt is empty: give at least one character")
-            tokens: Sequence[int] = self.tokenizer.encode(prompt)
-        else:
-            tokens = [int(t) for t in prompt]
-        defaults = self._checkpoint.defaults
-        shapes_draws = bool(top_k) or bool(min_p) or (top_p is not None and top_p < 1)
-
-        def choose(name: str, given: Any, neutral: Any) -> Any:
-            recommended = getattr(defaults, name, None)
-            return given if given is not None else neutral if recommended is None else recommended
-
-        sampling = SamplingConfig(
-            temperature=temperature if temperature is not None else defaults.temperature or float(shapes_draws),
-            top_k=choose("top_k", top_k, 0),
-            top_p=choose("top_p", top_p, 1.0),
-            min_p=choose("min_p", min_p, 0.0),
-            repetition_penalty=choose("repetition_penalty", repetition_penalty, 1.0),
-            presence_penalty=presence_penalty or 0.0,
-            frequency_penalty=frequency_penalty or 0.0,
-            seed=secrets.randbits(64) if seed is None else seed,
-        )
-        self._engine.check_tokens(tokens)
-        text = Text(self._stream_decoder(stop, tokens))
-        request = Request(
-            tokens,
-            sampling,
-            max_tokens,
-            frozenset() if ignore_eos else self._eos_token_ids,
-            priority,
-            flow,
-            deadline_s,
-            text.push,
-        )
-        return request, text
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits after each token of a sequence: f32 [T, vocab_size]. Raises RequestError, CapacityError."""
@@ -342,30 +228,6 @@ class LLM:
         from .loaders.chat import ChatTemplate, encode_chat
 
         return encode_chat(self.tokenizer, ChatTemplate.of(self.tokenizer), messages)
-
-    @cached_property
-    def _eos_token_ids(self) -> frozenset[int]:
-        ids = set(self._checkpoint.defaults.eos_token_ids)
-        if self._has_text:
-            ids |= self.tokenizer.eos_token_ids
-        return frozenset(ids)
-
-    @cached_property
-    def _has_text(self) -> bool:
-        try:
-            return self.tokenizer.has_text
-        except GllmError:
-            return False
-
-    def _stream_decoder(self, stop: Sequence[str], prompt: Sequence[int]) -> Any:
-        """A StreamDecoder, or None for a model without a vocabulary: its generations have ids but no text."""
-        if not self._has_text:
-            if stop:
-                raise RequestError("this model has no vocabulary, so stop strings cannot be found in its output")
-            return None
-        from .text import StreamDecoder
-
-        return StreamDecoder(self.tokenizer, stop, prompt)
 
     def close(self) -> None:
         """Release threads and memory; generations that run end as interrupted. The object cannot be used afterwards."""
@@ -457,26 +319,15 @@ def load(
         checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=None if progress else False)
         backend = open_backend(device, threads=threads, deterministic=deterministic, progress=progress)
         try:
-            engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
+            engine = place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
         except (CapacityError, BackendError) as error:
             if device != "auto" or backend.name == "cpu":
                 raise
             log.warning("using the CPU: %s", error)
             backend = open_backend("cpu", threads=threads, progress=progress)
-            engine = _place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
+            engine = place(checkpoint, backend, dtype, context_length, progress, sharing, deterministic)
         cleanup.pop_all()
     return LLM(checkpoint, backend, engine, time.perf_counter() - start, store if store is not kv_store else None)
-
-
-def _rope(arch: Arch, model: ModelWeights) -> Rope | None:
-    """How keys are rotated; None: they are not."""
-    from .kv.distill import Rope
-    from .ops.fused_qkv_rope import INTERLEAVED
-
-    table = model.constants.get("rope_inv_freq")
-    if table is None:
-        return None
-    return Rope(table.to_numpy().copy(), INTERLEAVED if arch.rope_style == "interleaved" else 0)
 
 
 def _distill_config(given: str | DistillConfig | None, deterministic: bool) -> DistillConfig | None:
@@ -504,87 +355,9 @@ def _open_store(given: str | KvStore | None, deterministic: bool, cleanup: ExitS
     return store
 
 
-def _place(
-    checkpoint: Checkpoint,
-    backend: Backend,
-    dtype: str,
-    context_length: int | None,
-    progress: Callable[[str, int, int], None] | None,
-    sharing: Sharing = Sharing(),
-    deterministic: bool = False,
-) -> Engine:
-    """Weights and KV cache on a device, which is closed when that fails."""
-    from .engine.sharing.root import kv_root
-    from .models.decoder import model_weights
-    from .models.identity import weights_digest
-    from .quant.repack import repacked_dtype
-
-    try:
-        arch = checkpoint.arch
-        kv_dtype = dtype if dtype != "auto" else default_kv_dtype(checkpoint)
-        one_page = KvCacheConfig(1, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        free = backend.available_memory() - _weights_nbytes(checkpoint, backend, dtype)
-        fits = int(KV_MEMORY_SHARE * max(free, 0)) // one_page.page_nbytes * PAGE_SIZE
-        context = _context_length(arch.context_length, context_length, fits)
-        stored = {t.dtype for t in checkpoint.tensors.values()}
-        backend.prepare({repacked_dtype(d, backend.weight_dtypes, dtype).name for d in stored} | {kv_dtype})
-        model = model_weights(checkpoint, context)
-        weights = backend.upload_weights(model, dtype=dtype, progress=progress)
-        room = sharing.kv_tokens or max(context, min(sharing.max_batch * context, fits))
-        num_pages = -(-room // PAGE_SIZE)
-        kv = KvCacheConfig(num_pages, arch.num_layers, arch.num_kv_heads, arch.head_dim, PAGE_SIZE, kv_dtype)
-        # What decides the bits of a token's KV besides the tokens up to it; RoPE may depend on the context.
-        root_key = repr((weights_digest(checkpoint), dtype, kv_dtype, context, backend.name)).encode()
-        on_cpu = backend.name == "cpu"
-        config = sharing.engine_config(on_cpu=on_cpu, chunk_invariant=on_cpu or not deterministic)
-        config = replace(config, distill=sharing.distill, rope=_rope(arch, model))
-        if sharing.distill is not None and (arch.alibi_max_bias or arch.sliding_windows):
-            raise RequestError(
-                "kv_distill is not for models with ALiBi or sliding windows, which go by places in the KV"
-            )
-        if sharing.kv_store is not None:
-            root = kv_root(checkpoint, backend, kv, dtype=dtype, context=context, deterministic=deterministic)
-            config = replace(config, kv_sharing=KvSharingConfig(sharing.kv_store, root))
-        return Engine(backend, weights, kv, context, config, root_key)
-    except BaseException:
-        backend.close()
-        raise
-
-
 def _weight_types(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of the weights by the type they are stored in, the most first."""
     nbytes: dict[str, int] = {}
     for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
         nbytes[tensor.dtype.name] = nbytes.get(tensor.dtype.name, 0) + tensor.nbytes
     return dict(sorted(nbytes.items(), key=lambda kind: -kind[1]))
-
-
-def default_kv_dtype(checkpoint: Checkpoint) -> str:
-    """f32 models keep an f32 cache, bf16 ones (whose range f16 lacks) bf16; all others f16."""
-    stored = checkpoint.tensors["layers.0.k"].dtype.name
-    return stored if stored in FLOAT_DTYPES else "f16"
-
-
-def _weights_nbytes(checkpoint: Checkpoint, backend: Backend, dtype: str) -> int:
-    """Bytes of the backend's memory that the weights take, as they are computed with."""
-    from .quant.repack import repacked_dtype
-
-    total = 0
-    for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
-        wanted = repacked_dtype(tensor.dtype, backend.weight_dtypes, dtype)
-        if dtype != "auto" and not wanted.is_quantized:
-            wanted = DTYPES[dtype]
-        if wanted is not tensor.dtype or not backend.maps_weights:
-            total += tensor.num_rows * wanted.row_nbytes(tensor.shape[-1])
-    return total
-
-
-def _context_length(models: int, wanted: int | None, fits: int) -> int:
-    """The context asked for, else the model's own as far as it fits in memory."""
-    if wanted is not None:
-        if wanted < 1:
-            raise RequestError(f"context_length must be at least 1, got {wanted}")
-        if wanted > models:
-            raise RequestError(f"context_length {wanted} is more than the {models} tokens the model was made for")
-        return wanted
-    return max(min(models, fits), min(models, PAGE_SIZE))

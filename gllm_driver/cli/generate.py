@@ -16,7 +16,8 @@ from .options import SEED_MAX, DeviceType, TextType, TokensType, check_sampling,
 from .outcome import EXIT_CODES, guarded, interrupted_code
 
 if TYPE_CHECKING:
-    from ..llm import LLM, GenerationResult, TextStream
+    from ..generation import GenerationResult, TextStream
+    from ..llm import LLM
 
 log = logging.getLogger("gllm_driver.cli")
 

@@ -76,7 +76,7 @@ def _version(name: str) -> str | None:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a model consists of, from its headers: counts in elements and tokens, sizes in bytes."""
     from ..config import KvCacheConfig
-    from ..llm import default_kv_dtype
+    from ..placement import default_kv_dtype
 
     arch = checkpoint.arch
     tensors = {tensor.address: tensor for tensor in checkpoint.tensors.values()}.values()
@@ -108,8 +108,8 @@ def memory(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
     from ..backends.footprint import Sizes, footprint
     from ..backends.select import computed_weights, num_processors, scratch_of
     from ..config import KvCacheConfig
-    from ..llm import CPU_IDLE_CHUNK, CUDA_IDLE_CHUNK, PAGE_SIZE, default_kv_dtype
     from ..models.decoder import model_weights
+    from ..placement import CPU_IDLE_CHUNK, CUDA_IDLE_CHUNK, PAGE_SIZE, default_kv_dtype
 
     arch, model = checkpoint.arch, model_weights(checkpoint, context)
     dtype = default_kv_dtype(checkpoint)

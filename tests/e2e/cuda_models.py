@@ -18,9 +18,9 @@ from oracle import tiny_models, to_gguf
 
 import gllm_driver as gllm
 from gllm_driver.driver.manifest import FOLDER, FORMAT
-from gllm_driver.llm import _place
 from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.ops import CONTRACTS
+from gllm_driver.placement import place
 
 SIMULATED_ARCH = "80"
 TENSOR_CORE_KERNEL = re.compile(r"__(dot|gemv|mma|slots|bytes|rows_b?f16|split|b?f16_d)")
@@ -87,7 +87,7 @@ def load_cuda(
     checkpoint = open_checkpoint(gllm.llm.demo_model_path() if path is None else path, progress=False)
     # Tests write into pages directly, so none may be found again as a prefix; one context's memory, as they count it.
     sharing = sharing or gllm.llm.Sharing(max_batch=1, prefix_reuse=False)
-    engine = _place(checkpoint, open_cuda(**options), dtype, context_length, None, sharing, True)
+    engine = place(checkpoint, open_cuda(**options), dtype, context_length, None, sharing, True)
     return gllm.LLM(checkpoint, engine.backend, engine, 0.0)
 
 

@@ -18,7 +18,7 @@ from gllm_driver.backends.cuda.shapes import bucket
 from gllm_driver.backends.cuda.swap import runs
 from gllm_driver.config import SamplingConfig
 from gllm_driver.errors import CapacityError, DriverError, UnsupportedError
-from gllm_driver.llm import Sharing
+from gllm_driver.placement import Sharing
 from gllm_driver.types import BatchInput, PageState, SequenceInput
 
 pytestmark = pytest.mark.hostsim

@@ -11,8 +11,8 @@ from cuda_models import fresh, open_cuda, tiny
 from hostsim import session
 
 import gllm_driver as gllm
-from gllm_driver.llm import Sharing, _place
 from gllm_driver.loaders.open import open_checkpoint
+from gllm_driver.placement import Sharing, place
 
 pytestmark = pytest.mark.hostsim
 
@@ -31,7 +31,7 @@ def nothing_left() -> Iterator[None]:
 
 def load(sharing: Sharing) -> gllm.LLM:
     checkpoint = open_checkpoint(tiny(MODEL), progress=False)
-    engine = _place(checkpoint, open_cuda(deterministic=True), "auto", 96, None, sharing, True)
+    engine = place(checkpoint, open_cuda(deterministic=True), "auto", 96, None, sharing, True)
     return gllm.LLM(checkpoint, engine.backend, engine, 0.0)
 
 

@@ -17,8 +17,8 @@ import gllm_driver as gllm
 from gllm_driver.backends.cpu import CpuBackend
 from gllm_driver.engine.sharing import KvSharingConfig
 from gllm_driver.kv.store import KvEntry, MemoryStore
-from gllm_driver.llm import Sharing, _place
 from gllm_driver.loaders.open import open_checkpoint
+from gllm_driver.placement import Sharing, place
 
 pytestmark = pytest.mark.hostsim
 
@@ -40,7 +40,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def load(path: Path, on: str, store: MemoryStore, *, deterministic: bool = False) -> gllm.LLM:
     backend = CpuBackend(1) if on == "cpu" else open_cuda(deterministic=deterministic)
     checkpoint = open_checkpoint(path, progress=False)
-    engine = _place(checkpoint, backend, "auto", 128, None, Sharing(kv_store=store), deterministic)
+    engine = place(checkpoint, backend, "auto", 128, None, Sharing(kv_store=store), deterministic)
     return gllm.LLM(checkpoint, backend, engine, 0.0)
 
 

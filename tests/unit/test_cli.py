@@ -22,7 +22,7 @@ from gllm_driver.cli import run
 from gllm_driver.cli.console import Console, one_line
 from gllm_driver.cli.outcome import Interrupted
 from gllm_driver.errors import ModelFormatError
-from gllm_driver.llm import GenerationResult, Timings
+from gllm_driver.generation import GenerationResult, Timings
 from gllm_driver.types import Traffic
 
 
@@ -224,6 +224,8 @@ def test_chat(model: FakeModel) -> None:
         ("generate x --context -1", "--context"),
         ("generate x --temperature -1", "temperature must be"),
         ("generate x --temperature nan", "temperature must be"),
+        ("generate x --temperature 1e300", "a number ≥ 0 that f32 holds"),
+        ("generate x --presence-penalty=-1e300", "presence_penalty must be"),
         ("generate x --top-k -1", "top_k must be"),
         ("generate x --top-p 0", "top_p must be"),
         ("generate x --top-p 1.5", "top_p must be"),

@@ -24,6 +24,7 @@ LAYERS = (
     {"convert", "sched", "metrics", "text", "demo"},
     {"engine"},
     {"distillation", "embedding", "generation"},
+    {"placement", "prompts"},
     {"llm"},
     {"evaluation"},
     {"__init__"},
