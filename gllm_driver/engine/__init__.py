@@ -4,7 +4,7 @@
 """
 
 from ..sched.request import Progress, Request
-from .core import EngineConfig
+from .config import EngineConfig
 from .engine import Engine
 from .handle import RequestHandle
 

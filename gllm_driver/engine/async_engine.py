@@ -22,15 +22,17 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._lock = threading.Lock()  # of the two below
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._stop = threading.Event()  # tells that thread to end
 
     def start(self) -> None:
-        """Start the thread; twice does nothing."""
-        if self._thread is None:
-            self._closing = False
-            self._thread = threading.Thread(target=self._run, name="gllm-engine", daemon=True)
-            self._thread.start()
+        """Start the thread, or another one after it was closed or failed; twice does nothing."""
+        with self._lock:
+            if self._thread is None:
+                self._stop = threading.Event()
+                self._thread = threading.Thread(target=self._run, args=(self._stop,), name="gllm-engine", daemon=True)
+                self._thread.start()
 
     def submit(self, request: Request) -> AsyncHandle:
         """Queue a request; call it inside a running event loop. Raises RequestError, CapacityError."""
@@ -43,22 +45,26 @@ class AsyncEngine:
 
     def close(self) -> None:
         """`aclose` outside an event loop."""
-        thread, self._thread = self._thread, None
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._stop.set()
         if thread is not None:
-            self._closing = True
             self.engine.work.set()
             thread.join()
 
-    def _run(self) -> None:
+    def _run(self, stop: threading.Event) -> None:
         engine = self.engine
         try:
             while True:
                 engine.work.clear()
-                if self._closing:
+                if stop.is_set():
                     return
                 if not engine.step():
                     engine.work.wait()
         except BaseException as error:
+            with self._lock:
+                if self._stop is stop:  # the next request gets another thread
+                    self._thread = None
             engine.fail_all(BackendError(f"the engine's thread failed with {type(error).__name__}: {error}"))
             raise
 

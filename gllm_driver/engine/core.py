@@ -5,26 +5,25 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
 from ..backends.base import Backend, KvCacheHandle, WeightsHandle
-from ..config import DistillConfig, SwapConfig
-from ..errors import BackendError, CapacityError, GllmError
-from ..kv.distill import Rope
+from ..errors import CapacityError, GllmError
 from ..kv.manager import KvManager
 from ..kv.pages import PagePool
 from ..metrics import Metrics, Recorder
-from ..sched.plan import Piece, SchedulerConfig
+from ..sched.plan import Piece
 from ..sched.request import RunningSequence
 from ..sched.scheduler import Counters, Scheduler
 from ..types import BatchInput, SequenceInput
+from .config import EngineConfig
 from .distill import BackendMerger
 from .mailbox import Deadlines, Mailbox
+from .outcomes import Outcomes
 from .runner import Result, Runner
-from .sharing import KvSharing, KvSharingConfig
+from .sharing import KvSharing
 from .swap import Swapper
 
 LOGITS_CHUNK = 256  # tokens of one step whose logits are all read
@@ -34,18 +33,6 @@ LogitsVisitor = Callable[[int, int, np.ndarray], None]
 
 WholeForward = Callable[[Backend, WeightsHandle, KvCacheHandle, BatchInput], np.ndarray]
 """A forward pass over whole sequences, whose result has a row for each."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How requests share the device. prefix_reuse: prompts that begin alike share the KV of that beginning."""
-
-    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    swap: SwapConfig = field(default_factory=SwapConfig)
-    prefix_reuse: bool = True
-    kv_sharing: KvSharingConfig | None = None  # a store beyond this engine's life; it needs prefix_reuse
-    distill: DistillConfig | None = None  # what must make room gets smaller first, and no longer exact
-    rope: Rope | None = None  # how the model rotates keys, for those who merge them
 
 
 class _Doubt(enum.IntEnum):
@@ -72,6 +59,7 @@ class Core:
         self._root_key = root_key
         self.swapper = Swapper(backend, kv, config.swap)
         self._recorder = Recorder()
+        self._outcomes = Outcomes(self._recorder)
         self._counters = Counters()
 
         self.mailbox = Mailbox()
@@ -80,7 +68,6 @@ class Core:
             self.sharing = KvSharing(backend, weights, kv, config.kv_sharing, self.mailbox.knock)
         self._deadlines = Deadlines()
         self._doubt = _Doubt.NONE
-        self._ended: list[RunningSequence] = []
         self._rows: list[RunningSequence] = []  # of the decode loop
         self._free_steps = 0  # steps of the decode loop that need no plan
         self.open_books()
@@ -120,7 +107,7 @@ class Core:
             self._plan_and_run()
         else:
             return False
-        if self._ended:
+        if self._outcomes.ended:
             self._bury()
         self._doubt = _Doubt.NONE
         return True
@@ -128,7 +115,7 @@ class Core:
     def _plan_and_run(self) -> None:
         if self._deadlines:
             self._end_overdue(perf_counter())
-            if self._ended:
+            if self._outcomes.ended:
                 return
         self._doubt = _Doubt.PAGES
         if self.sharing is not None:
@@ -149,7 +136,7 @@ class Core:
         if self.sharing is not None:
             self.sharing.learn(plan, now - start)
         for piece, result in zip(plan.pieces, results, strict=True):
-            self._commit(piece, result, now, now - start)
+            self._outcomes.commit(piece, result, now, now - start)
         if self._runner.loop is not None:
             self._rows = [piece.sequence for piece in plan.pieces]
             pages, page_size = self.manager.pages, self.pool.page_size
@@ -173,100 +160,33 @@ class Core:
             self._end_overdue(now)
         for sequence, result in zip(self._rows, results, strict=True):
             if type(result) is int:
-                self._take(sequence, result, now, now - start)
+                self._outcomes.take(sequence, result, now, now - start)
                 sequence.num_computed += 1
             elif isinstance(result, GllmError):
-                self._end(sequence, "error", result)
-
-    def _commit(self, piece: Piece, result: Result, now: float, seconds: float) -> None:
-        """Make a piece's result part of its sequence."""
-        sequence = piece.sequence
-        if isinstance(result, GllmError):
-            self._end(sequence, "error", result)
-            return
-        if result is None:
-            sequence.progress.prefill_s += seconds
-        else:
-            self._take(sequence, result, now, seconds)
-        # After the token: an interrupt between the two makes the next step compute this piece again, which is harmless.
-        sequence.num_computed = piece.start + piece.length
-
-    def _take(self, sequence: RunningSequence, token: int, now: float, seconds: float) -> None:
-        """A token has been sampled for a sequence: it goes on, or ends."""
-        progress, last = sequence.progress, sequence.last_token_at
-        if progress.finish_reason is not None:  # its deadline passed during this step
-            return
-        if last is None:
-            progress.prefill_s += seconds
-            self._recorder.time_to_first_token.add(now - sequence.submitted_at)
-            self._recorder.prompt_tokens += sequence.prompt_length
-            self._recorder.cached_tokens += progress.cached_tokens
-        else:
-            progress.decode_s += seconds
-            progress.decode_steps += 1
-            self._recorder.inter_token_latency.add(now - last)
-        sequence.last_token_at = now
-        if token < 0:
-            self._end(sequence, "error", _no_number(len(sequence.tokens)))
-            return
-        request = sequence.request
-        if token in request.eos_token_ids:
-            self._end(sequence, "stop")
-            return
-        enough = request.on_token is not None and self._observe(sequence, token, request.on_token)
-        sequence.tokens.append(token)
-        if enough:
-            self._end(sequence, "stop")
-        elif len(sequence.tokens) - sequence.prompt_length >= sequence.max_output:
-            self._end(sequence, "length")
-        if sequence.listener is not None:
-            sequence.listener()
-
-    def _observe(self, sequence: RunningSequence, token: int, on_token: Callable[[int], bool]) -> bool:
-        """Tell the request's observer, once even when an interrupt lets the token come twice; True: it has enough."""
-        if sequence.num_observed > sequence.num_output:
-            return False
-        sequence.num_observed += 1
-        try:
-            return on_token(token)
-        except GllmError as error:
-            self._end(sequence, "error", error)
-            return False
+                self._outcomes.end(sequence, "error", result)
 
     # ---- ends
-
-    def _end(self, sequence: RunningSequence, reason: str, error: GllmError | None = None) -> None:
-        """The request is over. Its reader may know at once; its pages go back before the step ends."""
-        if sequence.progress.finish_reason is not None:
-            return
-        sequence.error = error
-        self._ended.append(sequence)
-        sequence.progress.finish_reason = reason
-        self._recorder.requests[reason] = self._recorder.requests.get(reason, 0) + 1
-        self._recorder.output_tokens += sequence.num_output
-        if sequence.listener is not None:
-            sequence.listener()
 
     def _bury(self) -> None:
         """Give back what ended requests hold. The decode loop had them as members, or may now have room for others."""
         self._doubt = _Doubt.PAGES
         self._runner.close()
         self._free_steps = 0
-        while self._ended:
-            sequence = self._ended[-1]
+        while self._outcomes.ended:
+            sequence = self._outcomes.ended[-1]
             if sequence.has_kv and sequence.error is None:
                 self.scheduler.share(sequence)
             if self.sharing is not None:
                 self.sharing.end(sequence)
             self.scheduler.remove(sequence)
             self.mailbox.live.pop(sequence.id, None)
-            self._ended.pop()
+            self._outcomes.ended.pop()
         if self.scheduler.is_idle:
             self._deadlines.clear()
 
     def _end_overdue(self, now: float) -> None:
         for sequence in self._deadlines.overdue(now):
-            self._end(sequence, "deadline")
+            self._outcomes.end(sequence, "deadline")
 
     def _refuse_first(self) -> None:
         """Nothing can be computed though something waits: end whoever ranks first rather than wait for ever."""
@@ -275,7 +195,7 @@ class Core:
             f"no KV pages could be had for {len(sequence.tokens)} tokens though nothing else runs: "
             f"{self.pool.num_available} of {self.pool.num_pages} pages are free"
         )
-        self._end(sequence, "error", error)
+        self._outcomes.end(sequence, "error", error)
 
     # ---- what came from outside
 
@@ -284,8 +204,8 @@ class Core:
         if self._doubt:
             self._recover()
         mailbox = self.mailbox
+        self._doubt = _Doubt.PAGES  # before the flag: an interrupt between the two must not make the mail forgotten
         mailbox.has_mail = False
-        self._doubt = _Doubt.PAGES
         if self.sharing is not None and self.sharing.fetcher.has_news:
             self._free_steps = 0
         while mailbox.inbox:
@@ -293,9 +213,9 @@ class Core:
             mailbox.inbox.popleft()
             self._free_steps = 0
         while mailbox.cancelled:
-            self._end(mailbox.cancelled[0], "cancelled")
+            self._outcomes.end(mailbox.cancelled[0], "cancelled")
             mailbox.cancelled.popleft()
-        if self._ended:
+        if self._outcomes.ended:
             self._bury()
         self._doubt = _Doubt.NONE
 
@@ -326,15 +246,17 @@ class Core:
         """
         self._runner.close()
         self._free_steps = 0
-        self._ended = [s for s in self._ended if s.progress.finish_reason is not None]
+        self._outcomes.ended = [s for s in self._outcomes.ended if s.progress.finish_reason is not None]
         live = tuple(self.mailbox.live.values())  # others may submit meanwhile
         for sequence in live:
-            if sequence.num_output >= sequence.max_output:
-                self._end(sequence, "length")
+            if sequence.has_enough and sequence.num_output >= sequence.num_observed:
+                self._outcomes.end(sequence, "stop")
+            elif sequence.num_output >= sequence.max_output:
+                self._outcomes.end(sequence, "length")
         if self._doubt is not _Doubt.PAGES:
             return
         self.open_books()
-        self._ended.clear()
+        self._outcomes.ended.clear()
         self._deadlines.clear()
         for sequence in live:
             if sequence.progress.finish_reason is None:
@@ -348,7 +270,7 @@ class Core:
         """End every request."""
         self.absorb()
         for sequence in tuple(self.mailbox.live.values()):
-            self._end(sequence, reason, error)
+            self._outcomes.end(sequence, reason, error)
         self._bury()
         self._doubt = _Doubt.NONE
 
@@ -387,19 +309,26 @@ class Core:
         self._runner.close()
         self._free_steps = 0
         taken: list[int] = []
+        is_sound = False  # an interrupt before that leaves the books in doubt, to be opened anew
         try:
             pages = []
-            for seq_id, tokens in zip(ids, sequences, strict=True):
-                pages.append(self.scheduler.borrow(seq_id, len(tokens)))
-                taken.append(seq_id)
-                self.manager.pin(seq_id)  # or it could be moved to the host for the next one
+            try:
+                for seq_id, tokens in zip(ids, sequences, strict=True):
+                    pages.append(self.scheduler.borrow(seq_id, len(tokens)))
+                    taken.append(seq_id)
+                    self.manager.pin(seq_id)  # or it could be moved to the host for the next one
+            except GllmError:
+                is_sound = True
+                raise
+            is_sound = True
             self._doubt = _Doubt.LOOP
             yield pages
         finally:
-            self._doubt = _Doubt.PAGES
-            for seq_id in taken:
-                self.manager.close(seq_id)
-            self._doubt = _Doubt.NONE
+            if is_sound:
+                self._doubt = _Doubt.PAGES
+                for seq_id in taken:
+                    self.manager.close(seq_id)
+                self._doubt = _Doubt.NONE
 
     def _compute_before(self, sequences: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], first: int) -> None:
         """Write the KV of the first `first` tokens of each sequence."""
@@ -441,13 +370,10 @@ class Core:
         """Raise AssertionError unless the books agree with each other. Between steps only."""
         self.manager.audit()
         self.scheduler.audit()
-        assert not self._ended, "an ended request still holds something"
+        assert not self._outcomes.ended, "an ended request still holds something"
         known = {s.id for s in self.mailbox.live.values() if s.is_known}
-        held = {s.id for s in (*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting)}
+        scheduled = (*self.scheduler.running, *self.scheduler.preempted, *self.scheduler.waiting)
+        held = {s.id for s in scheduled}
         assert known == held, f"live requests {sorted(known)}, scheduled ones {sorted(held)}"
-
-
-def _no_number(position: int) -> BackendError:
-    return BackendError(
-        f"the logits after {position} tokens hold no number: the weights overflow in this dtype; try --dtype f32"
-    )
+        with_kv, is_open = {s.id for s in scheduled if s.has_kv}, self.manager.sequences
+        assert with_kv == is_open, f"sequences with KV {sorted(with_kv)}, those whose KV is kept {sorted(is_open)}"

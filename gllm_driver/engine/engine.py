@@ -18,7 +18,8 @@ from ..kv.pages import PagePool
 from ..metrics import Metrics
 from ..sched.request import Request, RunningSequence
 from ..sched.scheduler import Scheduler
-from .core import Core, EngineConfig, LogitsVisitor, WholeForward
+from .config import EngineConfig
+from .core import Core, LogitsVisitor, WholeForward
 from .handle import RequestHandle
 
 

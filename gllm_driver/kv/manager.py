@@ -6,21 +6,21 @@ Integers only. Copies go through a `PageCopier`, time through a clock; the engin
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from ..config import SwapConfig
-from ..errors import BackendError, CapacityError, GllmError
+from ..errors import BackendError, CapacityError
 from ..types import PageMetadata
 from .adopt import Fill, adopt
 from .book import PageBook, PageCopier
-from .groups import THRASH_S, Counters, Group, KvStats, as_block, pages_of
-from .merging import PageMerger, merge_group
+from .groups import Counters, Group, KvStats, as_block, pages_of
+from .merging import PageMerger
 from .pages import PagePool
 from .prefix import PrefixIndex, PrefixNode
 from .report import audit, fragmentation, page_states
+from .room import Room
 from .states import GroupState
-from .swap import Candidate, Hgal, VictimPolicy, fewest_groups
+from .swap import Hgal, VictimPolicy
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class KvManager:
         self.pool = pool
         self.config = config
         self.policy: VictimPolicy = policy or Hgal(config)
-        self._merger = merger
         self._clock = clock
         self._groups: dict[int, Group] = {}
         self._index = PrefixIndex(pool.page_size, root_key) if prefix_reuse else None
         self._counters = Counters()
         self._book = PageBook(pool, num_host_slots, copier, self._index, clock, self._counters)
+        self._room = Room(self._book, self._groups, self.policy, config, clock, self._counters, merger)
         self._next_handle = -1  # handles are sequences with ids below zero
 
     # Sequences
@@ -102,14 +102,14 @@ class KvManager:
 
     def close(self, seq_id: int) -> None:
         """Forget a sequence. Its full committed pages can be found until they are needed for something else."""
-        self._let_go(self._groups[seq_id])
+        self._room.let_go(self._groups[seq_id])
         self.policy.removed(seq_id)
         del self._groups[seq_id]
 
     def drop(self, seq_id: int) -> None:
         """Preempt by recompute: give the pages back, keep the registration. `open` it again before it goes on."""
         group = self._groups[seq_id]
-        self._let_go(group)
+        self._room.let_go(group)
         self.policy.resized(seq_id, 0)
         group.state.restarted()
 
@@ -132,6 +132,11 @@ class KvManager:
     def num_tokens_reserved(self, seq_id: int) -> int:
         return self._groups[seq_id].num_tokens
 
+    @property
+    def sequences(self) -> set[int]:
+        """Those that are open, handles left out."""
+        return {seq_id for seq_id in self._groups if seq_id >= 0}
+
     # Room
 
     def reserve(self, seq_id: int, num_tokens: int, running: Collection[int]) -> bool:
@@ -151,7 +156,7 @@ class KvManager:
             )
         count = wanted - len(group.pages)
         if count > 0:
-            if not self._make_room(count, seq_id, running):
+            if not self._room.make(count, seq_id, running):
                 return False
             blocks = self._book.new_blocks(count)
             group.blocks += blocks
@@ -173,7 +178,7 @@ class KvManager:
         here = [block for block in group.blocks if block.page is not None]
         missing = [block for block in group.blocks if block.page is None]
         with self._book.held(here):  # or making room could take them
-            if not self._make_room(len(missing), seq_id, running):
+            if not self._room.make(len(missing), seq_id, running):
                 return False
             seconds = self._book.copy_in(missing)
             self._book.retain(here)
@@ -198,13 +203,13 @@ class KvManager:
         group = self._groups[seq_id]
         if not group.is_resident or not group.blocks or group.is_pinned or group.state.is_warm(self._clock()):
             return False
-        if self._distill(group):
+        if self._room.distill(group):
             return True
         slots = sum(block.slot is None for block in group.blocks)
         if not self.config.enable_swap or slots > self._book.host.num_free:
             return False
         group.state.preempted()
-        self._move_out([group])
+        self._room.move_out([group])
         return True
 
     # Steps
@@ -289,7 +294,7 @@ class KvManager:
             num_cached=pool.num_cached,
             num_host_slots=host.num_pages,
             num_swapped=host.num_used,
-            fragmentation=fragmentation(pool, self._groups.values()),
+            fragmentation=fragmentation(pool, tuple(self._groups.values())),  # another thread may be stepping
             counters=replace(self._counters),
         )
 
@@ -303,126 +308,6 @@ class KvManager:
         if self._index is None:
             return []
         return self._index.match(tokens, max(0, len(tokens) - 2) // self.pool.page_size)
-
-    def _make_room(self, count: int, seq_id: int, running: Collection[int]) -> bool:
-        """Have `count` free pages. False, or an error of the copier: nothing changed but that pages were merged."""
-        pool = self.pool
-        if count > pool.num_available and self._merger is not None:
-            self._distill_others(count, seq_id, running)
-        short = count - pool.num_available
-        if short > 0:
-            victims, freed = self._victims(short, seq_id, running)
-            if freed < short:
-                return False
-            self._move_out(victims)
-        else:
-            self._relieve(count, seq_id, running)
-        self._book.make_free(count)
-        return True
-
-    def _relieve(self, count: int, seq_id: int, running: Collection[int]) -> None:
-        """Swap idle sequences out when `count` more pages in use would pass the threshold."""
-        above = self.pool.num_used + count - int(self.config.swap_threshold * self.pool.num_pages)
-        if above > 0:
-            victims, _ = self._victims(above, seq_id, running, must_be_idle=True)
-            with suppress(GllmError):  # counted; there is room without it, and it shows again when there is none
-                self._move_out(victims)
-
-    def _victims(
-        self, wanted: int, seq_id: int, running: Collection[int], *, must_be_idle: bool = False
-    ) -> tuple[list[Group], int]:
-        """The groups to swap out for `wanted` pages, a whole number of granules, and how many they free."""
-        if not self.config.enable_swap:
-            return [], 0
-        granule = self.config.granularity_pages
-        chosen, freed = fewest_groups(
-            self._ranked(seq_id, running, must_be_idle=must_be_idle),
-            -(-wanted // granule) * granule,
-            holders=self.pool.holders,
-            needs_slot=lambda page: self._book.blocks[page].slot is None,
-            free_slots=self._book.host.num_free,
-        )
-        return [self._groups[candidate.group] for candidate in chosen], freed
-
-    def _ranked(self, seq_id: int, running: Collection[int], *, must_be_idle: bool = False) -> list[Candidate]:
-        """The groups that may leave the device for the sequence, those to go first first."""
-        now = self._clock()
-        excluded = {seq_id, *running}
-        candidates = [
-            Candidate(
-                group.seq_id,
-                group.own_pages(),
-                group.state.access_count,
-                group.state.last_access,
-                group.state.swap_in_time,
-            )
-            for group in self._groups.values()
-            if group.pages
-            and not group.is_pinned
-            and group.seq_id not in excluded
-            and group.state.may_leave(now, must_be_idle=must_be_idle)
-        ]
-        return self.policy.ranked(candidates, now)
-
-    def _distill_others(self, count: int, seq_id: int, running: Collection[int]) -> None:
-        """Merge pages of sequences that may leave, in the order in which they would, until `count` pages can be had."""
-        for candidate in self._ranked(seq_id, running):
-            if count <= self.pool.num_available:
-                return
-            with suppress(GllmError):  # counted; that sequence is as it was, or to be computed again
-                self._distill(self._groups[candidate.group])
-
-    def _distill(self, group: Group) -> bool:
-        """Merge what can be merged of a sequence; whether that was anything. After an error of `write` it is lost."""
-        if self._merger is None:
-            return False
-        counters, before = self._counters, len(group.blocks)
-        is_done = False
-        try:
-            if not merge_group(self._book, group, self._merger):
-                return False
-            is_done = True
-        finally:
-            if not is_done and len(group.blocks) < before:
-                counters.copy_failures += 1
-                self._let_go(group)
-                group.is_resident, group.is_lost = False, True
-        counters.groups_distilled += 1
-        counters.pages_distilled += before - len(group.blocks)
-        self.policy.resized(group.seq_id, len(group.blocks))
-        return True
-
-    def _move_out(self, groups: Sequence[Group]) -> None:
-        """Swap groups out in one copy. The caller has seen to it that the host has slots enough."""
-        now = self._clock()
-        blocks = list(dict.fromkeys(block for group in groups for block in group.blocks if block.slot is None))
-        seconds = self._book.copy_out(blocks)
-        counters = self._counters
-        for group in groups:
-            self._book.enter_host(group.blocks)
-            self._book.release(group.blocks)
-            group.pages = []
-            group.is_resident = False
-            swap_in_time = group.state.swap_in_time
-            counters.num_thrashed += swap_in_time is not None and now < swap_in_time + THRASH_S
-            group.state.swapped_out()
-        counters.groups_swapped_out += len(groups)
-        counters.pages_swapped_out += len(blocks)
-        counters.num_swap_outs += bool(blocks)
-        counters.swap_out_s += seconds
-
-    def _let_go(self, group: Group) -> None:
-        """The sequence's blocks are no longer its own, wherever they are."""
-        if group.is_resident:
-            self._book.release(group.blocks)
-        else:
-            self._book.leave_host(group.blocks)
-        group.blocks = []
-        group.pages = []
-        group.is_resident = group.is_findable = True
-        group.is_distilled = group.is_lost = False
-        group.num_tokens = group.num_indexed = 0
-        group.tail = None
 
     def _count_access(self, group: Group, now: float) -> None:
         last = group.state.last_access

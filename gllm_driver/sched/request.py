@@ -80,6 +80,7 @@ class RunningSequence:
     order: int = 0  # when it first ran; older ones of the same priority go first
     has_kv: bool = False  # known to the KV manager
     num_observed: int = 0  # outputs that request.on_token has been told
+    has_enough: bool = False  # what it said of the last one
     is_known: bool = False  # to the scheduler
     first_token_at: float | None = None
     last_token_at: float | None = None

@@ -328,12 +328,15 @@ class Scheduler:
         Raises CapacityError, with nothing taken, when the device has not as many.
         """
         self.kv.open(seq_id, ())
-        while not self._reserve(seq_id, num_tokens):
-            if not self._evict_idle():
-                if not self.running:
-                    self.kv.close(seq_id)
-                    raise CapacityError(f"no KV pages could be had for {num_tokens} tokens")
-                self._put_aside(self.running[-1])
+        try:
+            while not self._reserve(seq_id, num_tokens):
+                if not self._evict_idle():
+                    if not self.running:
+                        raise CapacityError(f"no KV pages could be had for {num_tokens} tokens")
+                    self._put_aside(self.running[-1])
+        except CapacityError:
+            self.kv.close(seq_id)
+            raise
         return self.kv.pages(seq_id)
 
     def audit(self) -> None:

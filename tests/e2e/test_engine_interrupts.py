@@ -25,12 +25,13 @@ from gllm_driver.kv.store import MemoryStore
 # Nor engine/sharing/workers.py and kv/store/, for the same reason.
 OURS = (
     "/engine/core.py",
+    "/engine/outcomes.py",
     "/engine/runner.py",
     *(f"/engine/sharing/{file}.py" for file in ("sharing", "fetch", "save", "known")),
     "/gllm_driver/sched/",
     *(
         f"/gllm_driver/kv/{file}.py"
-        for file in ("manager", "book", "adopt", "pages", "prefix", "recency", "states", "swap")
+        for file in ("manager", "room", "book", "adopt", "pages", "prefix", "recency", "states", "swap")
     ),
     "fake_backend.py",
 )
@@ -116,6 +117,51 @@ def test_an_interrupt_anywhere_loses_nothing(seed: int, has_store: bool) -> None
         assert subject.manager.stats().num_used == 0
         assert not subject._stepping.locked()
         subject.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_interrupt_while_pages_are_borrowed_loses_nothing(seed: int) -> None:
+    rng = random.Random(seed)
+    expected = [alone(request, chunky=False)[0] for request in REQUESTS[:3]]
+    for _ in range(150):
+        subject = engine(chunky=False)
+        handles = [subject.submit(request) for request in REQUESTS[:3]]
+        for _ in range(5):
+            next(handles[0])
+        sys.settrace(Interrupter(rng.randint(1, 500)))
+        try:
+            with suppress(KeyboardInterrupt):
+                subject.logits([1] * 40)
+        finally:
+            sys.settrace(None)
+        read(handles)
+        assert [handle.tokens for handle in handles] == expected
+        assert subject.step() is False
+        subject.audit()
+        assert subject.manager.stats().num_used == 0
+
+
+def test_an_interrupt_after_the_last_token_does_not_make_an_observer_forget_its_answer() -> None:
+    told: list[int] = []
+
+    def on_token(token: int) -> bool:
+        told.append(token)
+        return len(told) == 3
+
+    whole = alone(REQUESTS[0], chunky=False)[0]
+    for at in range(1, 1200):
+        told.clear()
+        subject = engine(chunky=False)
+        handle = subject.submit(replace(REQUESTS[0], on_token=on_token))
+        sys.settrace(Interrupter(at))
+        try:
+            with suppress(KeyboardInterrupt):
+                handle.result()
+        finally:
+            sys.settrace(None)
+        assert handle.result() == whole[:3], at
+        assert told == whole[:3], at
+        assert handle.finish_reason == "stop", at
 
 
 @pytest.mark.parametrize("num_pages", [4, 12])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import sys
 import threading
 import time
 
@@ -156,14 +157,37 @@ def test_a_cancelled_task_cancels_its_request() -> None:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_bug_in_the_thread_fails_every_request_and_says_so() -> None:
+    has_bug = True
+
     def fault(call: str) -> None:
-        raise ZeroDivisionError("a bug")
+        if has_bug:
+            raise ZeroDivisionError("a bug")
 
     async def run() -> None:
+        nonlocal has_bug
         subject = AsyncEngine(engine_of(FakeBackend(fault=fault), 64))
         with pytest.raises(BackendError, match="ZeroDivisionError: a bug"):
             await asyncio.wait_for(subject.submit(request(0)).result(), 10)
+        has_bug = False
+        assert await asyncio.wait_for(subject.submit(request(1)).result(), 10) == expected(1)  # by another thread
         await subject.aclose()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_comes_while_the_thread_is_stopped_starts_another() -> None:
+    async def run() -> None:
+        subject = AsyncEngine(engine_of(FakeBackend(fault=lambda call: time.sleep(0.02)), 64))
+        first = subject.submit(request(0, 40))
+        await asyncio.sleep(0.03)
+        closing = asyncio.create_task(subject.aclose())
+        await asyncio.sleep(0.005)
+        second = subject.submit(request(1))
+        await asyncio.wait_for(closing, 10)
+        assert await asyncio.wait_for(second.result(), 10) == expected(1)
+        first.cancel()
+        await subject.aclose()
+        assert "gllm-engine" not in {thread.name for thread in threading.enumerate()}
 
     asyncio.run(run())
 
@@ -389,6 +413,10 @@ def test_looking_at_logits_makes_room_and_gives_it_back() -> None:
     assert [handle.result() for handle in handles] == [expected(i, 30) for i in range(2)]
     with pytest.raises(CapacityError):
         subject.logits([1] * 65)
+    small = engine(num_pages=8)
+    with pytest.raises(CapacityError, match="the cache has 8"):
+        small.logits([1] * 40)
+    small.audit()
 
 
 # ---- prefixes and figures
@@ -408,6 +436,30 @@ def test_a_shared_beginning_is_computed_once() -> None:
         again = without.submit(Request([*system, 100 + i, 1], SamplingConfig(seed=i), 4))
         assert again.result() == handle.tokens
         assert again.progress.cached_tokens == 0
+
+
+def test_metrics_may_be_read_while_steps_run() -> None:
+    subject = engine()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            for _ in range(40):
+                for handle in [subject.submit(request(i, 2)) for i in range(8)]:
+                    handle.result()
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        while not done.is_set():
+            assert subject.metrics.pages_total
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
 
 
 def test_metrics_tell_what_happened() -> None:
