@@ -104,7 +104,8 @@ def cost(
                 kept = max(made.nbytes * context // old.nbytes // page * page, page)
                 fill(own[context - kept : context])
                 found.append(score(kept))
-                sinks, tail = -(-config.sinks // page) * page, -(-config.window // page) * page
+                sinks = min(-(-config.sinks // page) * page, context)
+                tail = -(-config.window // page) * page
                 ends = own[:sinks] + own[max(context - tail, sinks) : context]
                 fill(ends)
                 found.append(score(len(ends)))

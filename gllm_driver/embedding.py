@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .backends.pooling import POOLINGS, Pooling
 from .engine import Engine
 from .errors import ModelFormatError, RequestError
+from .loaders.hub import POOLING_CONFIG
+from .loaders.jsonfile import read_object
 from .models.arch import Arch
 
 # The prompt that Qwen3-Reranker models were trained with (its model card).
@@ -78,7 +78,7 @@ class SequenceReader:
         form = template if template is not None else "{query}\n{document}" if labels else RERANK_TEMPLATE
         try:
             texts = [form.format(query=query, document=each, instruction=instruction) for each in documents]
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
             named = "{query}, {document} and {instruction}"
             raise RequestError(f"the template may name {named}, nothing else: {error}") from error
         ids = None if labels else [self._one_token(answer) for answer in answers]
@@ -104,13 +104,10 @@ def pooling_of(path: Path) -> Pooling | None:
 
     Raises ModelFormatError for a file that cannot be read or a mode that is not computed here.
     """
-    file = (path if path.is_dir() else path.parent) / "1_Pooling" / "config.json"
-    try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    file = (path if path.is_dir() else path.parent) / POOLING_CONFIG
+    if not file.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise ModelFormatError(f"cannot be read: {error}", path=file) from error
+    config = read_object(file)
     wanted = [mode for mode, on in config.items() if mode.startswith("pooling_mode_") and on is True]
     if len(wanted) != 1 or wanted[0] not in _MODES:
         named = ", ".join(wanted) or "none"

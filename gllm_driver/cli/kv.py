@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -174,6 +175,8 @@ def _opened(spec: str, debug: bool) -> Iterator[tuple[KvStore, Console]]:
     for tier in parse_spec(spec):
         if tier.kind == "memory":
             raise RequestError("KV in memory ends with the process that keeps it: name a disk or Redis store")
+        if tier.kind == "disk" and not Path(tier.where).expanduser().is_dir():
+            raise RequestError(f"KV store: {tier.where} is no directory")
     store = open_store(spec)
     try:
         yield store, console

@@ -24,6 +24,7 @@ _FILE_TYPES = {
     **{"q4_k": 14, "q5_k": 16, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "bf16": 32},
 }
 _GUESSED = 1024
+_WEIGHT_FILES = (".safetensors", ".safetensors.index.json")  # GGUF's metadata are beside such
 _QUANTIZATION_VERSION = 2
 # Keys of the source that are about its file, not its model.
 _OF_THE_FILE = ("general.file_type", "general.quantization_version", "general.alignment")
@@ -36,7 +37,7 @@ def gguf_pairs(checkpoint: Checkpoint, dtype: DType | None) -> list[bytes]:
     """
     if is_from_gguf(checkpoint):
         path = checkpoint.path
-        source = read_gguf(path if path.suffix == ".gguf" else path.parent / GGUF_METADATA)
+        source = read_gguf(path.parent / GGUF_METADATA if path.name.endswith(_WEIGHT_FILES) else path)
         pairs = [source.pair(k) for k in source.pairs if k not in _OF_THE_FILE and not k.startswith("split.")]
     else:
         values = {**_model(checkpoint), **vocabulary(checkpoint)}

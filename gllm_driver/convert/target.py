@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..errors import RequestError, WriteError
+from ..loaders.hub import POOLING_CONFIG
 from ..loaders.open import GGUF_METADATA
 from ..models.checkpoint import Checkpoint
 from ..quant.native_file import NativeFileWriter, quantization_section
@@ -24,9 +25,9 @@ WEIGHTS = "model.safetensors"
 # What goes along from a Hugging Face directory. Whatever else it holds stays behind.
 _COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"),
-    *("chat_template.json", "generation_config.json", "LICENSE", "README.md"),
+    *("chat_template.json", "generation_config.json", POOLING_CONFIG, "LICENSE", "README.md"),
 )
-_OURS = {WEIGHTS, "config.json", GGUF_METADATA, *_COMPANIONS}
+_OURS = {WEIGHTS, "config.json", GGUF_METADATA, *(Path(name).parts[0] for name in _COMPANIONS)}
 
 
 class TensorWriter(Protocol):
@@ -107,7 +108,7 @@ def _directory(checkpoint: Checkpoint, plan: Plan, out: Path) -> Iterator[Tensor
         tensors = {output.name: (output.dtype, output.shape) for output in plan.outputs}
         with NativeFileWriter(temporary / WEIGHTS, tensors) as writer:
             yield writer
-        _put(temporary, out.absolute())
+        put(temporary, out.absolute())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -123,6 +124,7 @@ def _companions(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
         source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
         for name in _COMPANIONS:
             if (source / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source / name, folder / name)
     config["quantization_config"] = quantization_section(types_of(plan))
     with open(folder / "config.json", "w", encoding="utf-8") as file:
@@ -131,7 +133,7 @@ def _companions(checkpoint: Checkpoint, plan: Plan, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _put(temporary: Path, out: Path) -> None:
+def put(temporary: Path, out: Path) -> None:
     """Give the directory its name, in the place of an older one (`check_target` has looked at it)."""
     if not out.exists():
         temporary.rename(out)
@@ -140,7 +142,11 @@ def _put(temporary: Path, out: Path) -> None:
     out.rename(old)
     try:
         temporary.rename(out)
-    except OSError:
-        old.rename(out)
+    except BaseException:
+        if not os.path.lexists(out):
+            old.rename(out)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if old.is_symlink():
+        old.unlink()
+    else:
+        shutil.rmtree(old, ignore_errors=True)

@@ -149,7 +149,7 @@ def distill_kv_pages(
 
 def exact_bounds(num_tokens: int, page_size: int, sinks: int, window: int) -> tuple[int, int]:
     """The pages start … stop − 1 that hold neither one of the first `sinks` tokens nor one of the last `window`."""
-    start = -(-sinks // page_size)
+    start = -(-min(sinks, num_tokens) // page_size)
     return start, max(start, (num_tokens - window) // page_size)
 
 

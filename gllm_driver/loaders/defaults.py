@@ -13,7 +13,7 @@ from ..models.fields import MAX_SIZE, Fields
 _GGUF_END_TOKENS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
 
 
-_NO_TOKEN = 2**32 - 1  # how GGUF's u32 spells "there is none"
+NO_TOKEN = 2**32 - 1  # how GGUF's u32 spells "there is none"
 
 
 def defaults_of_hf(config: Mapping[str, Any], generation: Mapping[str, Any], path: Path) -> GenerationDefaults:
@@ -40,7 +40,7 @@ def defaults_of_hf(config: Mapping[str, Any], generation: Mapping[str, Any], pat
 
 def defaults_of_gguf(metadata: Mapping[str, Any], path: Path) -> GenerationDefaults:
     """From the tokenizer's special tokens and `general.sampling.*`; ModelFormatError as in `defaults_of_hf`."""
-    known = {key: value for key, value in metadata.items() if type(value) is not int or value != _NO_TOKEN}
+    known = {key: value for key, value in metadata.items() if type(value) is not int or value != NO_TOKEN}
     return _defaults(
         Fields(known, path),
         sampling=tuple(f"general.sampling.{name}" for name in ("temp", "top_k", "top_p", "min_p", "penalty_repeat")),

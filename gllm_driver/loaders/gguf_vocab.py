@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ModelFormatError, RequestError
 from .codecs import PieceDecoder, RustCodec, checked
+from .defaults import NO_TOKEN
 from .pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from .spm import SpmCodec, byte_ids_of
 from .tokenizer import SpecialToken, SpecialTokens, Tokenizer
@@ -76,12 +77,12 @@ def load_gguf(metadata: Mapping[str, Any], path: Path | str | None = None) -> To
     """Raises ModelFormatError naming the key; a UserWarning where the file leaves the pre-tokenizer open."""
     model = metadata.get(_PREFIX + "model", "no_vocab")
     template = metadata.get("tokenizer.chat_template")
-    if model in ("no_vocab", "none"):
+    if isinstance(model, str) and model in ("no_vocab", "none"):
         size = metadata.get(f"{metadata.get('general.architecture')}.vocab_size", 0)
-        ends = [metadata[key] for key in (_PREFIX + "eos_token_id", _PREFIX + "eot_token_id") if key in metadata]
-        specials = SpecialTokens({}, metadata.get(_PREFIX + "bos_token_id"), frozenset(map(int, ends)))
+        bos, *ends = (_token_id(metadata, name, path) for name in ("bos_token_id", "eos_token_id", "eot_token_id"))
+        specials = SpecialTokens({}, bos, frozenset(token_id for token_id in ends if token_id is not None))
         return Tokenizer(NoTextCodec(int(size)), specials, template)
-    if model not in _MODELS:
+    if not isinstance(model, str) or model not in _MODELS:
         raise ModelFormatError(
             f"tokenizer.ggml.model is {model!r}, which is not supported; known: {', '.join(_MODELS)}", path=path
         )
@@ -90,19 +91,28 @@ def load_gguf(metadata: Mapping[str, Any], path: Path | str | None = None) -> To
     return Tokenizer(codec, vocab.special_tokens(add_bos, is_spm=model == "llama"), template)
 
 
+def _token_id(metadata: Mapping[str, Any], name: str, path: Path | str | None) -> int | None:
+    token_id = metadata.get(_PREFIX + name)
+    if token_id is None or token_id == NO_TOKEN:
+        return None
+    if type(token_id) is not int:
+        raise ModelFormatError(f"{_PREFIX}{name} must be a token id, got {token_id!r}", path=path)
+    return token_id
+
+
 class _Vocab:
     """The keys, checked against each other."""
 
     def __init__(self, metadata: Mapping[str, Any], path: Path | str | None) -> None:
         self.metadata = metadata
         self.path = path
-        tokens = self.list_of("tokens")
+        tokens = self.list_of("tokens", str)
         self.tokens: list[str] = [token or f"[EMPTY_{n}]" for n, token in enumerate(tokens)]
         self.ids = {token: n for n, token in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(token for n, token in enumerate(self.tokens) if self.ids[token] != n)
             raise self.error("tokens", f"holds {twice!r} twice")
-        types = self.list_of("token_type", default=[TokenType.NORMAL] * len(self.tokens))
+        types = self.list_of("token_type", int, default=[TokenType.NORMAL] * len(self.tokens))
         if len(types) != len(self.tokens):
             raise self.error("token_type", f"has {len(types)} entries for {len(self.tokens)} tokens")
         self.types: list[int] = list(types)
@@ -116,22 +126,24 @@ class _Vocab:
     def error(self, key: str, problem: str) -> ModelFormatError:
         return ModelFormatError(f"{_PREFIX}{key} {problem}", path=self.path)
 
-    def list_of(self, key: str, default: Sequence[Any] | None = None) -> Sequence[Any]:
+    def list_of(self, key: str, *kinds: type, default: Sequence[Any] | None = None) -> Sequence[Any]:
+        """An array whose elements are of one of `kinds`."""
         value = self.metadata.get(_PREFIX + key, default)
         if value is None:
             raise self.error(key, "is missing")
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, (list, tuple)):
             raise self.error(key, f"must be an array, got {type(value).__name__}")
+        found = set(map(type, value)) - set(kinds)
+        if found and not all(issubclass(kind, kinds) for kind in found):
+            raise self.error(key, f"must hold {kinds[0].__name__}s, got {found.pop().__name__}")
         return value
 
     def id_of(self, key: str) -> int | None:
-        token_id = self.metadata.get(_PREFIX + key)
-        if token_id is None:
-            return None
-        if not 0 <= token_id < len(self.tokens):
+        token_id = _token_id(self.metadata, key, self.path)
+        if token_id is not None and not 0 <= token_id < len(self.tokens):
             raise self.error(key, f"is {token_id}, the vocabulary has {len(self.tokens)} tokens")
-        return int(token_id)
+        return token_id
 
     def of_type(self, *types: TokenType) -> Iterable[int]:
         return (n for n, kind in enumerate(self.types) if kind in types)
@@ -167,7 +179,7 @@ class _Vocab:
 
 
 def _spm_codec(vocab: _Vocab) -> tuple[SpmCodec, bool]:
-    values = vocab.list_of("scores")
+    values = vocab.list_of("scores", float, int)
     if len(values) != len(vocab.tokens):
         raise vocab.error("scores", f"has {len(values)} entries for {len(vocab.tokens)} tokens")
     if not all(map(math.isfinite, values)):
@@ -207,7 +219,7 @@ def _bpe_codec(vocab: _Vocab) -> tuple[RustCodec, bool]:
     for token_id, token in pieces.items():
         del ids[token]
         ids[f"\0{token_id}"] = token_id
-    merges = [tuple(merge.split(" ")) for merge in vocab.list_of("merges")]
+    merges = [tuple(merge.split(" ")) for merge in vocab.list_of("merges", str)]
     if any(len(merge) != 2 for merge in merges):
         wrong = next(n for n, merge in enumerate(merges) if len(merge) != 2)
         raise vocab.error("merges", f"entry {wrong} must be two pieces and a space, got {' '.join(merges[wrong])!r}")
@@ -242,7 +254,7 @@ def _pre_tokenizer(vocab: _Vocab) -> PreTokenizer:
     if name is None:
         warnings.warn(f"{vocab.path or 'the GGUF file'} does not name its pre-tokenizer; using 'default'", stacklevel=2)
         name = "default"
-    rule = PRE_TOKENIZERS.get(name)
+    rule = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if rule is None:
         raise vocab.error("pre", f"is {name!r}, which is not supported; known: {', '.join(sorted(PRE_TOKENIZERS))}")
     return rule

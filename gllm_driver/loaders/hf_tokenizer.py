@@ -80,8 +80,7 @@ def _declare_special(rust: Any, config: Mapping[str, Any], path: Path) -> None:
     from tokenizers import AddedToken
 
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    listed = config.get("added_tokens_decoder") or {}
-    for token_id, token in sorted((int(key), token) for key, token in listed.items()):
+    for token_id, token in _listed(config, path):
         known = rust.token_to_id(token["content"])
         if known is None:
             rust.add_tokens([AddedToken(token["content"], **{flag: bool(token.get(flag)) for flag in flags})])
@@ -96,6 +95,20 @@ def _declare_special(rust: Any, config: Mapping[str, Any], path: Path) -> None:
     is_special = {token.content for token in rust.get_added_tokens_decoder().values() if token.special}
     texts = [text for token in named if (text := _content(token)) is not None and text not in is_special]
     rust.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in texts if _exists(rust, text)])
+
+
+def _listed(config: Mapping[str, Any], path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The added tokens of the config by id. Raises ModelFormatError."""
+    listed = config.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict):
+        listed = {"": listed}
+    for key, token in listed.items():
+        if not (key.isascii() and key.isdigit() and isinstance(token, dict) and _content(token)):
+            raise ModelFormatError(
+                f"added_tokens_decoder must give tokens by their ids, got {key!r}: {token!r:.80}",
+                path=path / "tokenizer_config.json",
+            )
+    return sorted(((int(key), token) for key, token in listed.items()), key=lambda pair: pair[0])
 
 
 def _exists(rust: Any, text: str) -> bool:

@@ -12,12 +12,16 @@ from .gguf import SPLIT_NAME
 from .jsonfile import read_object
 from .safetensors import INDEX_NAME, SINGLE_NAME, shards_of_index
 
+POOLING_CONFIG = "1_Pooling/config.json"  # of sentence-transformers
 _CONFIG_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
+    POOLING_CONFIG,
 )
 
 

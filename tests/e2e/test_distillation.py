@@ -126,6 +126,9 @@ def test_what_it_costs(load: Load) -> None:
             TEXT, DistillConfig(4, "layers", window=32), context=128, continuation=16, max_windows=1
         )
         assert layers.nbytes_after < layers.nbytes_before
+        sinks = DistillConfig(2, sinks=300, window=512)  # more than the context: all of it is kept
+        all_kept = llm.distillation_cost(TEXT, sinks, context=128, continuation=16, max_windows=1)
+        assert all_kept.ends.value == pytest.approx(all_kept.exact.value, rel=1e-5)
         with pytest.raises(RequestError, match="too short"):
             llm.distillation_cost("text", CONFIG, context=128)
         with pytest.raises(CapacityError):

@@ -179,6 +179,7 @@ def test_texts(tmp_path: Path) -> None:
             (lambda: llm.embed(["x"], pooling="max"), "max"),  # type: ignore[arg-type]
             (lambda: llm.rerank("q", "document"), "list"),
             (lambda: llm.rerank("q", ["d"], template="{x}"), "template"),
+            (lambda: llm.rerank("q", ["d"], template="{query.x}"), "template"),
             (lambda: llm.rerank("q", ["d"], answers=("two words and more", "y")), "one token"),
         ):
             with pytest.raises(RequestError, match=problem):
@@ -197,6 +198,9 @@ def test_the_models_own_pooling(tmp_path: Path) -> None:
         assert pooling_of(tmp_path) == wanted
     (folder / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
     with pytest.raises(ModelFormatError, match="max_tokens"):
+        pooling_of(tmp_path)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(ModelFormatError, match="must be a JSON object"):
         pooling_of(tmp_path)
 
 

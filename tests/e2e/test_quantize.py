@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,8 @@ import gllm_driver as gllm
 from gllm_driver.cli.app import run
 from gllm_driver.convert.plan import plan_of
 from gllm_driver.convert.run import Job
+from gllm_driver.convert.target import put
+from gllm_driver.embedding import pooling_of
 from gllm_driver.errors import RequestError
 from gllm_driver.llm import demo_model_path
 from gllm_driver.loaders.open import open_checkpoint
@@ -277,10 +280,53 @@ def test_a_directory_is_replaced_only_if_it_is_a_model(tmp_path: Path, capfd: py
     assert quantize(out, "--type", "int4", model=model) == 2
     assert quantize(out, "--type", "int4", "--force", model=model) == 0
     assert (out / "model.safetensors").stat().st_size < before
+    link = tmp_path / "link"
+    link.symlink_to(out, target_is_directory=True)
+    assert quantize(link, "--type", "int8", "--force", model=model) == 0
+    assert not link.is_symlink()
+    assert (out / "model.safetensors").stat().st_size < before  # what the link pointed to
+    shutil.rmtree(link)
     (out / "thesis.tex").touch()
     assert quantize(out, "--type", "int8", "--force", model=model) == 2
     assert "holds more than a model ('thesis.tex')" in capfd.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_interrupt_while_a_directory_is_replaced_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "model", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "config.json").write_text(folder.name)
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self == new:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put(new, old)
+    assert (old / "config.json").read_text() == "model"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "new"]
+
+
+def test_what_comes_with_a_model_goes_along(tmp_path: Path) -> None:
+    model = tmp_path / "in"
+    tiny_files.write_hf(model)
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert quantize(tmp_path / "out", "--type", "int8", model=model) == 0
+    assert pooling_of(tmp_path / "out") == "cls"
+    assert quantize(tmp_path / "out", "--type", "int4", "--force", model=model) == 0
+
+
+def test_a_gguf_file_of_any_name(tmp_path: Path) -> None:
+    shutil.copyfile(demo_model_path(), tmp_path / "demo-model")
+    assert quantize(tmp_path / "out", "--type", "int8", model=tmp_path / "demo-model") == 0
+    assert quantize(tmp_path / "again.gguf", "--type", "q4_0", model=tmp_path / "out") == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

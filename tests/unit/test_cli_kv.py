@@ -76,6 +76,7 @@ def test_verify(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["purge", "disk:/x", "--older-than", "soon"], "soon"),
         (["purge", "disk:/x", "--model", "llama"], "hexadecimal"),
         (["list", "disk:/x"], "list"),
+        (["ls", "disk:/no/such/folder"], "/no/such/folder is no directory"),
     ],
 )
 def test_mistakes(capfd: pytest.CaptureFixture[str], arguments: list[str], problem: str) -> None:

@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gllm_driver.errors import RequestError, StoreError
-from gllm_driver.kv.store import KvChunkKey, KvEntry, KvLayout, KvRoot, KvStore, MemoryStore, open_store
+from gllm_driver.kv.store import KvChunkKey, KvEntry, KvLayout, KvRoot, KvStore, MemoryStore, disk, open_store
 from gllm_driver.kv.store.codec import Codec, check_entry
 from gllm_driver.kv.store.disk import DiskStore
 from gllm_driver.kv.store.keys import chunk_keys
 from gllm_driver.kv.store.redis_store import RedisStore
+from gllm_driver.kv.store.spec import parse_spec
 from gllm_driver.kv.store.tiered import TieredStore
 
 LAYOUT = KvLayout("f16", 2, 1, 16, 8)
@@ -214,6 +216,25 @@ def test_damaged_files_are_misses_with_a_reason(tmp_path: Path) -> None:
         assert same(store.get(k), [entry(k[0], seed)])
 
 
+def test_a_full_disk_is_tried_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "FULL_PAUSE_S", 0.2)
+    store = DiskStore(tmp_path, 1 << 24)
+    write, tried = store._files.write, []
+
+    def full_once(*args: Any, **options: Any) -> None:
+        tried.append(time.monotonic())
+        if len(tried) == 1:
+            raise StoreError("full", "no space left on device")
+        write(*args, **options)
+
+    monkeypatch.setattr(store._files, "write", full_once)
+    while len(tried) < 2 and time.monotonic() < (tried or [time.monotonic()])[0] + 5:
+        store.put([entry(keys(1)[0])])  # without a pause of its own
+    assert 0.2 <= tried[1] - tried[0] < 2
+    assert same(store.get(keys(1)), [entry(keys(1)[0])])
+    assert store.stats().faults["full"] > 1
+
+
 def test_a_directory_that_cannot_be_used_costs_misses(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     store = DiskStore(tmp_path / "file", 1 << 24)
@@ -295,6 +316,11 @@ def test_tiers_count_their_hits_apart_and_promote(tmp_path: Path) -> None:
     store.close()
 
 
+def test_codecs_of_two_parts_are_written_with_a_plus() -> None:
+    (tier,) = parse_spec("memory:1MiB?codec=int8+zstd")
+    assert tier.options["codec"] == "int8+zstd"
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -312,6 +338,7 @@ def test_tiers_count_their_hits_apart_and_promote(tmp_path: Path) -> None:
         "redis://user:secret@host/x",
         "tape:/dev/st0",
         "memory:1MiB?codec=zip",
+        "disk:~nobody-of-that-name/x",
     ],
 )
 def test_mistakes_in_a_specification_are_said_in_one_line(spec: str) -> None:

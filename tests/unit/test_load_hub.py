@@ -115,7 +115,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def serve_hf(hub: FakeHub, tmp_path: Path, num_shards: int = 1) -> None:
     write_hf(tmp_path / "source", num_shards=num_shards)
-    extra = {"tokenizer.json": b"{}", "README.md": b"", "pytorch_model.bin": b"large", "onnx/model.onnx": b"large"}
+    extra = {
+        **dict.fromkeys(("tokenizer.json", "1_Pooling/config.json", "chat_template.json"), b"{}"),
+        **{"README.md": b"", "pytorch_model.bin": b"large", "onnx/model.onnx": b"large"},
+    }
     hub.repos["org/tiny"] = {**files_of(tmp_path / "source"), **extra}
 
 
@@ -128,9 +131,10 @@ def test_safetensors_repository(hub: FakeHub, tmp_path: Path, num_shards: int) -
     assert checkpoint.metadata["tokenizer_file"].read_bytes() == b"{}"
     for slot, tensor in checkpoint.tensors.items():
         assert tensor.owner.tobytes() == expected.tensors[slot].owner.tobytes()
-    fetched = {request.rpartition("/")[2] for request in hub.requests if request.startswith("GET /org/tiny/resolve/")}
+    fetched = {request.split("/", 5)[5] for request in hub.requests if request.startswith("GET /org/tiny/resolve/")}
     weights = {name for name in files_of(tmp_path / "source") if name != "config.json"}
-    assert fetched == {"config.json", "tokenizer.json", *weights}
+    assert fetched == {"config.json", "tokenizer.json", "1_Pooling/config.json", "chat_template.json", *weights}
+    assert (checkpoint.path.parent / "1_Pooling" / "config.json").is_file()
 
 
 def test_the_cache_serves_the_second_time_and_without_a_connection(

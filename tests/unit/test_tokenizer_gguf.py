@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -245,16 +246,28 @@ def test_broken_bytes_become_replacement_characters() -> None:
 
 def test_a_model_without_vocabulary_takes_ids_only() -> None:
     metadata = {"general.architecture": "llama", "llama.vocab_size": 99, "tokenizer.ggml.model": "no_vocab"}
-    tok = Tokenizer.from_gguf(metadata)
+    tok = Tokenizer.from_gguf(metadata | {"tokenizer.ggml.eos_token_id": 2**32 - 1, "tokenizer.ggml.eot_token_id": 7})
     assert tok.vocab_size == 99
+    assert tok.eos_token_ids == {7}
     for call in (lambda: tok.encode("a"), lambda: tok.decode([1]), lambda: tok.id_to_piece(1)):
         with pytest.raises(RequestError, match="token ids"):
             call()
 
 
+def test_the_largest_id_means_that_there_is_none() -> None:
+    metadata = bpe_metadata("gpt-2") | {"tokenizer.ggml.bos_token_id": 2**32 - 1}
+    assert Tokenizer.from_gguf(metadata).bos_token_id is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"model": [1]}, r"tokenizer\.ggml\.model is \[1\]"),
+        ({"pre": ["gpt-2"]}, r"tokenizer\.ggml\.pre is \['gpt-2'\]"),
+        ({"tokens": [1, 2]}, "must hold strs, got int"),
+        ({"merges": np.arange(3)}, "must hold strs, got int"),
+        ({"token_type": ["a"]}, "must hold ints, got str"),
+        ({"eos_token_id": "5"}, "must be a token id, got '5'"),
         ({"model": "bert"}, r"tokenizer\.ggml\.model is 'bert'.*known: gpt2, llama, no_vocab"),
         ({"pre": "klingon"}, r"tokenizer\.ggml\.pre is 'klingon'.*known: .*qwen2"),
         ({"tokens": None}, r"tokenizer\.ggml\.tokens is missing"),
@@ -279,6 +292,8 @@ def test_broken_bpe_files_are_refused(change: dict[str, Any], message: str) -> N
 def test_broken_spm_files_are_refused() -> None:
     with pytest.raises(ModelFormatError, match="scores has 1 entries"):
         Tokenizer.from_gguf(spm_metadata() | {"tokenizer.ggml.scores": [0.0]})
+    with pytest.raises(ModelFormatError, match="must hold floats, got str"):
+        Tokenizer.from_gguf(spm_metadata() | {"tokenizer.ggml.scores": ["a"]})
     scores = spm_metadata()["tokenizer.ggml.scores"]
     with pytest.raises(ModelFormatError, match="no finite number"):
         Tokenizer.from_gguf(spm_metadata() | {"tokenizer.ggml.scores": [float("nan"), *scores[1:]]})

@@ -181,6 +181,9 @@ def test_tokens_that_only_the_config_knows(write: Writer) -> None:
     config["added_tokens_decoder"] = {"5": {"content": "<|new|>", "special": True}}
     with pytest.raises(ModelFormatError, match=r"tokenizer_config.json: .*'<\|new\|>' the id 5"):
         Tokenizer.from_directory(write(rust, tokenizer_config=config))
+    for broken in ({"five": {"content": "a"}}, {"5": {}}, {"5": "a"}, [{"content": "a"}]):
+        with pytest.raises(ModelFormatError, match=r"tokenizer_config.json: added_tokens_decoder must give tokens"):
+            Tokenizer.from_directory(write(rust, tokenizer_config={"added_tokens_decoder": broken}))
 
 
 def test_truncation_and_padding_in_the_file_do_not_touch_prompts(write: Writer) -> None:

@@ -128,9 +128,10 @@ class DiskStore:
             return False
 
     def _write(self, name: str, entry: KvEntry) -> None:
+        if time.monotonic() < self._full_until:
+            self._tally.failed(StoreError("full", "the disk was full a moment ago"))
+            return
         try:
-            if time.monotonic() < self._full_until:
-                raise StoreError("full", "the disk was full a moment ago")
             parts = self._codec.encode(entry)
             nbytes = sum(len(part) for part in parts)
             if nbytes > self.capacity_nbytes:

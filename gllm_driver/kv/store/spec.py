@@ -139,7 +139,7 @@ def _tier(text: str, deterministic: bool) -> TierSpec:
         shown = text.rpartition("@")[2]  # what looks like a URL may hold a password
         raise RequestError(f"KV store {shown!r} begins with none of memory:, disk:, redis://, rediss://: {EXAMPLE}")
     base, _, query = text.rpartition("?") if "?" in text else (text, "", "")
-    pairs = parse_qsl(query, keep_blank_values=True)
+    pairs = parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)  # as in codec=int8+zstd: no space
     known = _OPTIONS[kind] + (_TLS_OPTIONS if scheme == "rediss" else ())
     for option, _ in pairs:
         if option not in known:
@@ -151,6 +151,11 @@ def _tier(text: str, deterministic: bool) -> TierSpec:
     where = _redis_url(base, options) if kind == "redis" else base.partition(":")[2]
     if kind == "disk" and (not where or where.startswith("//")):
         raise RequestError(f"KV store: disk needs a path, as in disk:/path?cap=20GiB; got {text!r}")
+    if kind == "disk":
+        try:
+            Path(where).expanduser()
+        except RuntimeError as error:
+            raise RequestError(f"KV store {text!r}: {error}") from None
     tier = TierSpec(kind, where, options, codec)
     if kind == "memory":
         parse_size(where, "memory")
