@@ -18,9 +18,10 @@ from oracle import tiny_models, to_gguf
 
 import gllm_driver as gllm
 from gllm_driver.driver.manifest import FOLDER, FORMAT
+from gllm_driver.llm import demo_model_path
 from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.ops import CONTRACTS
-from gllm_driver.placement import place
+from gllm_driver.placement import Sharing, place
 
 SIMULATED_ARCH = "80"
 TENSOR_CORE_KERNEL = re.compile(r"__(dot|gemv|mma|slots|bytes|rows_b?f16|split|b?f16_d)")
@@ -80,13 +81,13 @@ def load_cuda(
     *,
     dtype: str = "auto",
     context_length: int | None = None,
-    sharing: gllm.llm.Sharing | None = None,
+    sharing: Sharing | None = None,
     **options: Any,
 ) -> gllm.LLM:
     """A model on the device under test; None is the demonstration model. `options` are those of CudaBackend."""
-    checkpoint = open_checkpoint(gllm.llm.demo_model_path() if path is None else path, progress=False)
+    checkpoint = open_checkpoint(demo_model_path() if path is None else path, progress=False)
     # Tests write into pages directly, so none may be found again as a prefix; one context's memory, as they count it.
-    sharing = sharing or gllm.llm.Sharing(max_batch=1, prefix_reuse=False)
+    sharing = sharing or Sharing(max_batch=1, prefix_reuse=False)
     engine = place(checkpoint, open_cuda(**options), dtype, context_length, None, sharing, True)
     return gllm.LLM(checkpoint, engine.backend, engine, 0.0)
 

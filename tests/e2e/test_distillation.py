@@ -19,6 +19,8 @@ from gllm_driver.config import DistillConfig, SwapConfig
 from gllm_driver.engine.distill import page_arrays, page_bytes
 from gllm_driver.errors import CapacityError, RequestError
 from gllm_driver.kv.distill import distill_kv_pages
+from gllm_driver.llm import demo_model_path
+from gllm_driver.placement import Sharing
 from gllm_driver.types import SequenceInput
 
 CONTEXT = 256
@@ -43,7 +45,7 @@ def load(request: pytest.FixtureRequest) -> Iterator[Load]:
         path: Path, kv_distill: DistillConfig | None = None, cpu_reserve_mb: int = 512, **more: Any
     ) -> gllm.LLM:
         swap = SwapConfig(enable_swap=cpu_reserve_mb > 0, cpu_reserve_mb=cpu_reserve_mb)
-        sharing = gllm.llm.Sharing(swap=swap, distill=kv_distill, **options, **more)
+        sharing = Sharing(swap=swap, distill=kv_distill, **options, **more)
         return load_cuda(path, context_length=CONTEXT, sharing=sharing)
 
     if session.on_real_gpu():
@@ -113,7 +115,7 @@ def test_attention_reads_what_the_table_names(load: Load, tmp_path: Path) -> Non
 
 
 def test_what_it_costs(load: Load) -> None:
-    with load(gllm.llm.demo_model_path()) as llm:
+    with load(demo_model_path()) as llm:
         nothing = llm.distillation_cost(TEXT, DistillConfig(2, window=512), context=128, continuation=16, max_windows=2)
         assert nothing.ratio.value == 1
         assert nothing.nbytes_after == nothing.nbytes_before

@@ -18,6 +18,7 @@ import gllm_driver as gllm
 from gllm_driver.backends import pooling
 from gllm_driver.embedding import pooling_of
 from gllm_driver.errors import CapacityError, ModelFormatError, RequestError
+from gllm_driver.llm import demo_model_path
 
 Load = Callable[[Path], gllm.LLM]
 ROWS = ["llama2_mha", "qwen3_tied"]
@@ -150,7 +151,7 @@ def test_tokens_score_sequences(load: Load, tmp_path: Path) -> None:
 
 
 def test_packed_output_matrices_score_too(load: Load) -> None:
-    with load(gllm.llm.demo_model_path()) as llm:
+    with load(demo_model_path()) as llm:
         tokens = [llm.tokenizer.encode("import os"), llm.tokenizer.encode("def f(")]
         wanted = np.stack([llm.logits(each)[-1][[40, 9, 300]] for each in tokens])
         assert close(raw_scores(llm, tokens, [40, 9, 300]), wanted, 0.02)

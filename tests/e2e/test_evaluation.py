@@ -20,6 +20,7 @@ import gllm_driver as gllm
 from gllm_driver.cli import run
 from gllm_driver.errors import CapacityError, RequestError
 from gllm_driver.llm import demo_model_path
+from gllm_driver.placement import Sharing
 
 CONTEXT, NUM_TOKENS = 40, 130
 TEXT = Path(numpy_model.__file__).read_text(encoding="utf-8")  # Python code, as the demonstration model knows it
@@ -93,7 +94,7 @@ def test_windows_that_are_read_together_change_nothing(load: Load) -> None:
     tokens = text_of(row)
     results = []
     for at_once in (1, 2, 3):
-        sharing = gllm.llm.Sharing(kv_tokens=at_once * 48, prefix_reuse=False)
+        sharing = Sharing(kv_tokens=at_once * 48, prefix_reuse=False)
         options = {"sharing": sharing, "deterministic": True} if load is load_cuda else {"kv_tokens": at_once * 48}
         with load(tiny("llama3_gqa"), context_length=CONTEXT, **options) as llm:
             assert llm.sequences_at_once(CONTEXT, CONTEXT // 2) == at_once

@@ -14,6 +14,7 @@ from cuda_models import fresh, open_cuda, tiny
 from hostsim import session
 
 import gllm_driver as gllm
+from gllm_driver import placement
 from gllm_driver.backends.cpu import CpuBackend
 from gllm_driver.engine.sharing import KvSharingConfig
 from gllm_driver.kv.store import KvEntry, MemoryStore
@@ -30,7 +31,7 @@ GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     options = {"chunk_tokens": 32, "load_always": True, "min_wait_s": 60.0, "flush_s": 60.0}
-    monkeypatch.setattr(gllm.llm, "KvSharingConfig", functools.partial(KvSharingConfig, **options))
+    monkeypatch.setattr(placement, "KvSharingConfig", functools.partial(KvSharingConfig, **options))
     stub = fresh()
     yield
     stub.set_faults("")

@@ -14,6 +14,7 @@ import pytest
 import gllm_driver as gllm
 from gllm_driver.errors import RequestError
 from gllm_driver.kv.store import MemoryStore
+from gllm_driver.llm import demo_model_path
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "gllm_driver", "generate"]
@@ -66,7 +67,7 @@ def test_the_bits_of_kv_do_not_depend_on_threads_or_chunks() -> None:
 
 def test_another_model_or_type_finds_nothing(tmp_path: Path) -> None:
     store = MemoryStore(1 << 28)
-    data = bytearray(gllm.llm.demo_model_path().read_bytes())
+    data = bytearray(demo_model_path().read_bytes())
     data[len(data) * 6 // 10] ^= 1  # one weight among millions, where no sample is taken
     tuned = tmp_path / "tuned.gguf"
     tuned.write_bytes(data)
