@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +39,63 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (count, CONFIG.page_nbytes), np.uint8)
+
+
+def test_copies_of_stages_and_swaps_keep_their_order(backend: Any) -> None:
+    """Pages are given to others as soon as a copy of them is issued: what is copied next into them comes after."""
+    kv = backend.alloc_kv_cache(CONFIG)
+    backend.alloc_swap_space(kv, 8)
+    stages = [backend.page_stage(kv, 4, 2) for _ in range(2)]
+    kept, swapped, fetched = (rows(4, seed) for seed in range(3))
+    pages, others = [2, 3, 9, 5], [12, 13, 14, 20]
+    backend.copy_pages_from_host(kv, others, swapped)
+    backend.swap_out_pages(kv, others, range(4))
+    backend.copy_pages_from_host(kv, pages, kept)
+    saved, brought = stages[0].take(), stages[1].hold(fetched)
+    stages[0].to_host(pages, saved)
+    backend.swap_in_pages(kv, range(4), pages)  # into pages that are being saved
+    assert np.array_equal(backend.copy_pages_to_host(kv, pages), swapped)
+    saved.wait()
+    assert np.array_equal(saved.data[:4], kept)
+    backend.swap_out_pages(kv, pages, range(4, 8))
+    stages[1].to_device(brought, pages)  # into pages that are being swapped out
+    brought.wait()
+    backend.swap_in_pages(kv, range(4, 8), others)
+    assert np.array_equal(backend.copy_pages_to_host(kv, others), swapped)
+    assert np.array_equal(backend.copy_pages_to_host(kv, pages), fetched)
+
+
+def test_counters_may_be_read_while_pages_move() -> None:
+    fresh()
+    backend = open_cuda()
+    kv = backend.alloc_kv_cache(CONFIG)
+    backend.alloc_swap_space(kv, 8)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def read() -> None:
+        try:
+            while not done.is_set():
+                backend.traffic()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        for i in range(150):
+            backend.swap_out_pages(kv, [i % 24], [i % 8])
+            backend.swap_in_pages(kv, [i % 8], [(i + 7) % 24])
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        for thread in threads:
+            thread.join()
+    backend.close()
+    assert not problems
 
 
 def test_pages_come_through_a_buffer_unchanged(backend: Any) -> None:

@@ -76,6 +76,7 @@ class CudaBackend:
         self._sampler = Sampler(self.runtime)
         self._swaps: dict[int, SwapSpace] = {}  # by id of the cache
         self._stages: dict[int, list[CudaStage]] = {}  # likewise
+        self._spaces: dict[int, list[SwapSpace]] = {}  # likewise: that of swaps and those of stages
         self._copies: dict[int, PageCopies] = {}  # likewise
         self._loops: weakref.WeakSet[CudaDecodeLoop] = weakref.WeakSet()
 
@@ -116,7 +117,7 @@ class CudaBackend:
     def _tracked(self, handle: Any) -> Any:
         """`handle`; what was made for it goes when it goes, before its id can belong to another."""
         steps, decoders, swaps, key = self._steps, self._decoders, self._swaps, id(handle)
-        stages, copies = self._stages, self._copies
+        stages, copies, spaces = self._stages, self._copies, self._spaces
 
         def forget() -> None:
             steps.forget(key)
@@ -126,6 +127,7 @@ class CudaBackend:
             for held in (swaps.pop(key, None), copies.pop(key, None)):
                 if held is not None:
                     held.close()
+            spaces.pop(key, None)
 
         weakref.finalize(handle, forget).atexit = False
         return handle
@@ -215,7 +217,7 @@ class CudaBackend:
             kv.host_slots = None
             old.close()
         if num_slots:
-            kv.host_slots = self._swaps[id(kv)] = SwapSpace(self.runtime, kv, num_slots)
+            kv.host_slots = self._swaps[id(kv)] = SwapSpace(self.runtime, kv, num_slots, self._spaces_of(kv))
 
     def swap_out_pages(self, kv: KvCacheHandle, pages: Sequence[int], slots: Sequence[int]) -> None:
         self._swap(kv).swap_out(pages, slots)
@@ -236,11 +238,11 @@ class CudaBackend:
 
     def _before(self, kv: KvCacheHandle, pages: Sequence[int], first_written: int = 0) -> None:
         """Steps to come use `pages` and write pages[first_written:]: copies under way that clash come first."""
-        spaces = [stage.space for stage in self._stages.get(id(kv), ())]
-        if swap := self._swaps.get(id(kv)):
-            spaces.append(swap)
-        for space in spaces:
+        for space in self._spaces.get(id(kv), ()):
             space.before(pages, pages[first_written:])
+
+    def _spaces_of(self, kv: KvCacheHandle) -> list[SwapSpace]:
+        return self._spaces.setdefault(id(kv), [])
 
     def _keep_apart(self, kv: KvCacheHandle, pages: Sequence[int]) -> None:
         """A decode loop does not ask again before each step: if it has such pages, its next step waits."""
@@ -307,12 +309,12 @@ class CudaBackend:
         return self._copies[id(kv)]
 
     def page_stage(self, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> CudaStage:
-        stage = CudaStage(self.runtime, kv, num_pages, num_buffers)
+        stage = CudaStage(self.runtime, kv, num_pages, num_buffers, self._spaces_of(kv))
         self._stages.setdefault(id(kv), []).append(stage)
         return stage
 
     def traffic(self) -> Traffic:
-        stats = [s.stats() for s in (*self._swaps.values(), *(s.space for of in self._stages.values() for s in of))]
+        stats = [space.stats() for spaces in tuple(self._spaces.values()) for space in tuple(spaces)]
         return dataclasses.replace(
             self.device.traffic(),
             kv_out_bytes=sum(s.nbytes_out for s in stats),

@@ -31,11 +31,18 @@ class CudaBuffer:
 class CudaStage:
     """The buffers of one cache. Their slots are those of a swap space, whose copies reach the speed of the bus."""
 
-    def __init__(self, runtime: Runtime, kv: KvCacheHandle, num_pages: int, num_buffers: int) -> None:
-        """Raises CapacityError when the host cannot pin so much memory."""
+    def __init__(
+        self,
+        runtime: Runtime,
+        kv: KvCacheHandle,
+        num_pages: int,
+        num_buffers: int,
+        spaces: list[SwapSpace] | None = None,
+    ) -> None:
+        """`spaces`: those of the cache. Raises CapacityError when the host cannot pin so much memory."""
         self._device = runtime.device
         self._num_pages = num_pages
-        self.space = SwapSpace(runtime, kv, num_pages * num_buffers)
+        self.space = SwapSpace(runtime, kv, num_pages * num_buffers, spaces)
         self._slots = self.space.slots().reshape(num_buffers, num_pages, -1)
         self._marks: list[Event] = [self._device.event() for _ in range(num_buffers)]
         self._free = deque(range(num_buffers))  # of some, copies may still be under way: they were issued and let go

@@ -1,13 +1,14 @@
 """KV pages between the device and pinned slots on the host: a stream of their own, beside the steps.
 
 Copies wait for the steps issued before them; a step waits for copies into pages that it reads or writes and for copies
-of pages that it writes, and for no others. Copies follow each other in order, so a slot is never overwritten while an
-earlier copy still reads it.
+of pages that it writes, and for no others. Copies of one space follow each other in order, so a slot is never
+overwritten while an earlier copy still reads it; those of a cache's other spaces they wait for as a step does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...driver.memory import size_text
-from ...driver.stream import Event
+from ...driver.stream import Event, Stream
 from ...errors import CapacityError, DriverError
 from ..base import KvCacheHandle, checked
 from .runtime import Runtime
@@ -54,8 +55,10 @@ class _Move:
 class SwapSpace:
     """The host slots of one cache, a page each."""
 
-    def __init__(self, runtime: Runtime, kv: KvCacheHandle, num_slots: int) -> None:
-        """Raises CapacityError when the host cannot pin so much memory."""
+    def __init__(
+        self, runtime: Runtime, kv: KvCacheHandle, num_slots: int, spaces: list[SwapSpace] | None = None
+    ) -> None:
+        """`spaces`: all of this cache, which it joins. Raises CapacityError when the host cannot pin so much memory."""
         device = runtime.device
         self._runtime, self._config, self._address = runtime, kv.config, kv.tensor.address
         self.num_slots = num_slots
@@ -70,8 +73,11 @@ class SwapSpace:
         self._stream = device.stream()
         self._steps_done = device.event()
         self._idle_events: list[Event] = []
+        self._lock = threading.Lock()  # of the two below: any thread may ask for the counters
         self._moves: deque[_Move] = deque()  # oldest first
         self._stats = SwapStats()
+        self._spaces = [] if spaces is None else spaces
+        self._spaces.append(self)
 
     def swap_out(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         """Copy pages to slots."""
@@ -81,28 +87,30 @@ class SwapSpace:
         """Copy slots to pages. If it fails, the slots still hold what they held, the pages may not."""
         self._move(pages, slots, is_out=False)
 
-    def before(self, pages: Collection[int], written: Collection[int]) -> None:
-        """Let the steps to come, which use `pages` and write those of them that are `written`, wait for copies."""
+    def before(self, pages: Collection[int], written: Collection[int], stream: Stream | None = None) -> None:
+        """Let what `stream` is given from now on, which uses `pages` and writes those of them that are `written`, wait
+        for copies. Without a stream: the steps to come."""
         if not self._moves:
             return
-        with self._runtime.device:
+        with self._runtime.device, self._lock:
             self._settle()
             last = next(
                 (m for m in reversed(self._moves) if not m.pages.isdisjoint(written if m.is_out else pages)), None
             )
             if last is not None:  # copies run in order: it is the last of those it must wait for
-                self._runtime.stream.wait(last.done)
+                (stream or self._runtime.stream).wait(last.done)
 
     def wait(self) -> None:
         """Return when every copy is done. Raises ContextLost if one failed."""
         with self._runtime.device:
             self._stream.synchronize()
-            self._settle()
+            with self._lock:
+                self._settle()
 
     def stats(self) -> SwapStats:
         """The counters, of copies that are done."""
         if self._moves:
-            with self._runtime.device:
+            with self._runtime.device, self._lock:
                 self._settle()
         return self._stats
 
@@ -110,6 +118,8 @@ class SwapSpace:
         """Give everything back, once the copies are done."""
         with contextlib.suppress(DriverError):  # an error of the work before it is its caller's to hear
             self.wait()
+        with contextlib.suppress(ValueError):  # closed before
+            self._spaces.remove(self)
         for move in self._moves:
             self._idle_events += [move.begun, move.done]
         self._moves.clear()
@@ -134,8 +144,12 @@ class SwapSpace:
             return
         device, nbytes, stream = self._runtime.device, self._config.page_nbytes, self._stream
         with device:
-            self._settle()
-            begun, done = self._event(), self._event()
+            for space in self._spaces:
+                if space is not self:
+                    space.before(pages, () if is_out else pages, stream)
+            with self._lock:
+                self._settle()
+                begun, done = self._event(), self._event()
             try:
                 self._steps_done.record(self._runtime.stream)
                 stream.wait(self._steps_done)
@@ -152,7 +166,8 @@ class SwapSpace:
                 with contextlib.suppress(DriverError):  # the first error counts
                     stream.synchronize()  # no step waits for what was issued: it must not be under way any more
                 raise
-            self._moves.append(_Move(frozenset(pages), is_out, begun, done))
+            with self._lock:
+                self._moves.append(_Move(frozenset(pages), is_out, begun, done))
 
     def _check(self, pages: Sequence[int], slots: Sequence[int]) -> None:
         if len(pages) != len(slots):
@@ -165,7 +180,7 @@ class SwapSpace:
         return self._idle_events.pop() if self._idle_events else self._runtime.device.event(timing=True)
 
     def _settle(self) -> None:
-        """Count the copies that are done. Needs the device's context."""
+        """Count the copies that are done. Needs the device's context and the lock."""
         while self._moves and self._moves[0].done.is_done():
             move = self._moves.popleft()
             seconds = move.done.elapsed_ms(move.begun) / 1e3
