@@ -9,7 +9,7 @@ template <class D>
 __device__ __forceinline__ void embedding(const EmbeddingArgs &a) {
   overlap_launches();
   const int64_t t = blockIdx.x;
-  const auto *row = static_cast<const typename D::Element *>(a.weight) + a.ids[t] * a.D;
+  const auto *row = static_cast<const typename D::Element *>(a.weight) + static_cast<int64_t>(a.ids[t]) * a.D;
   float *out = a.out + t * a.D;
   const int k = (blockIdx.y * kEmbeddingThreads + threadIdx.x) * 8;
   if (k >= a.D) return;

@@ -79,3 +79,18 @@ def test_pages_beyond_four_gib(op: str, case: Case, make_runner: Callable[..., A
     for name, values in near.items():
         assert values.any(), name
         assert np.array_equal(values, far[name]), name
+
+
+@pytest.mark.parametrize("make_runner", RUNNERS)
+def test_rows_of_a_table_beyond_two_to_the_31_elements(make_runner: Callable[..., Any]) -> None:
+    num_rows, D, ids = 263_000, 8192, np.array([262_999, 7, 262_145, 0], np.int32)
+    try:
+        table = np.zeros((num_rows, D), np.float16)
+    except MemoryError:
+        pytest.skip("this machine does not reserve so much memory")
+    for i, row in enumerate(ids):
+        table[row] = np.arange(D) % 97 + i
+    out = np.zeros((len(ids), D), np.float32)
+    arrays = {"weight": Tensor.from_numpy(table), "ids": Tensor.from_numpy(ids), "out": Tensor.from_numpy(out)}
+    make_runner()("embedding", arrays, {})
+    assert np.array_equal(out, table[ids].astype(np.float32))
