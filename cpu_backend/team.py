@@ -153,11 +153,21 @@ class Team:
         """Run a step program, i64 [n, 2] of (kernel address, argument struct address), to its end."""
         if os.getpid() != self._pid:
             raise RuntimeError("this process was forked from the one that loaded the model: load it again here")
+        if not len(program):  # workers take part in barriers, of which it has none
+            return
         state = self._state
         state["program"] = program.ctypes.data
         state["program_length"] = len(program)
-        if self.num_threads > 1 and self._post(self._address):
-            _wake(state, self._wakes)
+        job = int(state["job"])
+        try:
+            if self.num_threads > 1 and self._post(self._address):
+                _wake(state, self._wakes)
+        except BaseException:  # an interrupt must not leave the workers alone with a job
+            if state["job"] != job:
+                for wake in self._wakes:  # some may be told twice, which costs a look
+                    wake.release()
+                self._lead(self._address, 0)
+            raise
         self._lead(self._address, 0)
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,6 +38,39 @@ def test_every_step_is_done_whether_workers_spin_or_sleep(num_threads: int) -> N
             time.sleep(pause)  # long enough for the workers to go to sleep
         program.run()
         assert np.abs(out - expected).max() < 1e-5
+    team.close()
+
+
+def test_an_interrupt_while_workers_are_woken_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    team = Team(3)
+    program, x, out = norm_program(team)
+    expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
+    for pause in (0.0, 0.02, 0.02):
+        time.sleep(pause)
+        with monkeypatch.context() as patch:
+            patch.setattr("cpu_backend.team._wake", Mock(side_effect=KeyboardInterrupt))
+            if pause:  # the workers sleep, so they are woken
+                with pytest.raises(KeyboardInterrupt):
+                    program.run()
+        for _ in range(20):
+            out[:] = np.nan
+            program.run()
+            assert np.abs(out - expected).max() < 1e-5
+    start = time.monotonic()
+    team.close()
+    assert time.monotonic() - start < 4
+
+
+def test_an_empty_program_is_no_step() -> None:
+    team = Team(3)
+    program, _, out = norm_program(team)
+    for _ in range(20):
+        time.sleep(0.01)  # long enough for the workers to go to sleep
+        team.run(np.zeros((0, 2), np.int64))
+        out[:] = np.nan
+        program.run()
+        assert np.isfinite(out).all()
+    assert int(team._state["job"]) == 20
     team.close()
 
 
