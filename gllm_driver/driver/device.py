@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import BackendUnavailableError
+from ..errors import BackendUnavailableError, DriverError
 from ..types import Traffic
 from .gate import call, cleanup, cu, initialize
 from .memory import Allocations, DeviceBuffer, MemoryPool, PinnedBuffer
@@ -87,7 +87,10 @@ class Device:
             raise BackendUnavailableError(f"cuda:{index}", f"no such device, {there_are}")
         self.properties = describe(index)
         self._handle = call(cu.cuDeviceGet, index)
-        self.context = call(cu.cuDevicePrimaryCtxRetain, self._handle)
+        try:
+            self.context = call(cu.cuDevicePrimaryCtxRetain, self._handle)
+        except DriverError as error:  # others have it for themselves, or have left no memory
+            raise BackendUnavailableError(f"cuda:{index}", error.explanation) from error
         self._closed = False
         self._lock = threading.Lock()
         self._h2d_nbytes = self._d2h_nbytes = 0

@@ -252,6 +252,17 @@ def test_auto_goes_to_the_cpu_where_no_gpu_serves(stub: session.Stub, settings: 
 
 
 @pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("code", [2, 46])  # no memory for a context; another process has the device for itself
+def test_auto_goes_to_the_cpu_where_no_context_can_be_had(stub: session.Stub, code: int) -> None:
+    stub.reset(FAULTS=f"cuDevicePrimaryCtxRetain:1={code}")
+    with gllm.load(tiny(MODEL), context_length=64) as llm:
+        assert llm.device == "cpu"
+    stub.reset(FAULTS=f"cuDevicePrimaryCtxRetain:1={code}")
+    with pytest.raises(BackendUnavailableError, match="cuda:0"):
+        gllm.load(tiny(MODEL), device="cuda", context_length=64)
+
+
+@pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize("settings", [{"MEM": "100000"}, {"FAULTS": "cuModuleLoadData:2=200"}])
 def test_auto_goes_to_the_cpu_with_a_warning_when_the_gpu_cannot_take_the_model(
     stub: session.Stub, settings: dict[str, str], caplog: pytest.LogCaptureFixture

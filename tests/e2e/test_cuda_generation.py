@@ -242,6 +242,19 @@ def test_a_sequence_goes_on_after_the_workspace_has_moved() -> None:
         assert again.decoder.generation == backend.runtime.workspace.generation  # the old one's memory is let go
 
 
+def test_prompts_of_growing_length_leave_no_old_workspace_behind() -> None:
+    path, row, _ = open_tiny("llama3_gqa")
+    tokens = (tiny_models.prompt(row) * 40)[:400]
+    taken = []
+    for lengths in ((8, 24, 60, 130, 390), (390,)):
+        with load_cuda(path, context_length=512) as llm:
+            for length in lengths:
+                llm.generate(tokens[:length], max_tokens=3, temperature=0, ignore_eos=True)
+            llm.generate(tokens[:390], max_tokens=3, temperature=0.5, top_k=5, seed=1, ignore_eos=True)
+            taken.append(llm._backend.device.allocations().live_nbytes)
+    assert taken[0] <= 1.02 * taken[1], taken
+
+
 def test_pages_go_to_the_host_and_back() -> None:
     path, row, _ = open_tiny("llama3_gqa")
     tokens = tiny_models.prompt(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from collections.abc import Iterator
@@ -63,6 +64,18 @@ def test_copies_of_stages_and_swaps_keep_their_order(backend: Any) -> None:
     backend.swap_in_pages(kv, range(4, 8), others)
     assert np.array_equal(backend.copy_pages_to_host(kv, others), swapped)
     assert np.array_equal(backend.copy_pages_to_host(kv, pages), fetched)
+
+
+def test_a_cache_whose_pages_were_copied_is_let_go() -> None:
+    fresh()
+    backend = open_cuda()
+    live = backend.device.allocations().live_nbytes
+    kv = backend.alloc_kv_cache(CONFIG)
+    backend.copy_pages_from_host(kv, [3], rows(1))
+    del kv
+    gc.collect()
+    assert backend.device.allocations().live_nbytes - live < CONFIG.page_nbytes  # the workspace has grown a little
+    backend.close()
 
 
 def test_counters_may_be_read_while_pages_move() -> None:

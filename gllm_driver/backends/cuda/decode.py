@@ -175,6 +175,7 @@ class DecoderPool:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._idle: OrderedDict[int, Decoder] = OrderedDict()  # by id, the one idle longest first
+        runtime.stale.append(self._close_stale)
 
     def take(
         self, weights: WeightsHandle, kv: KvCacheHandle, num_rows: int, num_pages: int, has_penalties: bool
@@ -182,18 +183,24 @@ class DecoderPool:
         """A decoder for so many sequences of at most `num_pages` pages."""
         width = table_width(num_pages, kv.config.num_pages)
         key = (id(weights), id(kv), bucket(num_rows), width, has_penalties)
-        for decoder in [d for d in reversed(self._idle.values()) if d.key == key]:
-            del self._idle[id(decoder)]
-            if decoder.generation == self._runtime.workspace.generation:
+        for decoder in reversed(self._idle.values()):
+            if decoder.key == key:
+                del self._idle[id(decoder)]
                 return decoder
-            decoder.close()  # it would keep memory that the workspace has left
         return Decoder(self._runtime, weights, kv, key[2], width, has_penalties)
 
     def give_back(self, decoder: Decoder) -> None:
         """`decoder` serves no loop any more; a step under way may finish."""
         self._idle[id(decoder)] = decoder
+        if decoder.generation != self._runtime.workspace.generation:
+            self._close_stale()
         while len(self._idle) > MAX_IDLE_DECODERS:
             self._idle.popitem(last=False)[1].close()
+
+    def _close_stale(self) -> None:
+        generation = self._runtime.workspace.generation
+        for decoder in [d for d in self._idle.values() if d.generation != generation]:
+            self._idle.pop(id(decoder)).close()
 
     def forget(self, handle: int) -> None:
         """Close the idle decoders of weights or a cache (its id) that are gone."""

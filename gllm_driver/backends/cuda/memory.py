@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 
 import numpy as np
@@ -40,11 +40,13 @@ def aligned(nbytes: int) -> int:
 class Workspace:
     """Named arrays that every step reuses. Growing one moves it: programs recorded before are then stale.
 
-    A stale program that is still in use keeps the old memory alive, as the owner of its tensors.
+    A stale program that is still in use keeps the old memory alive, as the owner of its tensors; `moved` is called so
+    that others are let go.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, moved: Callable[[], None]) -> None:
         self._device = device
+        self._moved = moved
         self._buffers: dict[str, DeviceBuffer] = {}
         self.generation = 0
 
@@ -54,9 +56,11 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
             grown = reserve(self._device, nbytes, f"the workspace array {name} {list(shape)}")
-            if buffer is not None:
-                self.generation += 1
+            is_moved = buffer is not None
             self._buffers[name] = buffer = grown
+            if is_moved:
+                self.generation += 1
+                self._moved()
         return Tensor(buffer.address, shape, dtype, buffer)
 
     def clear(self) -> None:

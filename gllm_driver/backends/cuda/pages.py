@@ -32,7 +32,7 @@ class PageCopies:
     def __init__(self, runtime: Runtime, kv: KvCacheHandle) -> None:
         """Raises CapacityError when there is no room for the buffers."""
         device, nbytes = runtime.device, kv.config.page_nbytes
-        self._runtime, self._kv = runtime, kv
+        self._runtime, self._config, self._cache = runtime, kv.config, kv.tensor  # not the handle: its end frees this
         self.chunk = min(kv.config.num_pages, max(1, STAGE_NBYTES // nbytes))
         self._on_device = reserve(device, self.chunk * nbytes, "a copy of KV pages")
         self._pages = Mirror(device, [("pages", (self.chunk,), I32)])
@@ -50,7 +50,7 @@ class PageCopies:
 
     def to_host(self, pages: Sequence[int], out: np.ndarray) -> None:
         """out[i] = the bytes of page pages[i]; returns when it is done."""
-        device, stream, nbytes = self._runtime.device, self._runtime.stream, self._kv.config.page_nbytes
+        device, stream, nbytes = self._runtime.device, self._runtime.stream, self._config.page_nbytes
         starts = range(0, len(pages), self.chunk)
         with device:
             for turn, start in enumerate((*starts, None)):
@@ -67,7 +67,7 @@ class PageCopies:
 
     def from_host(self, pages: Sequence[int], data: np.ndarray) -> None:
         """Page pages[i] = the bytes data[i]; no page comes twice. Returns when it is done."""
-        device, stream, nbytes = self._runtime.device, self._runtime.stream, self._kv.config.page_nbytes
+        device, stream, nbytes = self._runtime.device, self._runtime.stream, self._config.page_nbytes
         with device:
             for turn, start in enumerate(range(0, len(pages), self.chunk)):
                 part = pages[start : start + self.chunk]
@@ -87,10 +87,10 @@ class PageCopies:
 
     def _run(self, pages: Sequence[int], direction: int) -> None:
         """Gather or scatter `pages` by the op kv_pages, in the order of the stream. Needs the device's context."""
-        runtime, config, N = self._runtime, self._kv.config, len(pages)
+        runtime, config, N = self._runtime, self._config, len(pages)
         self._pages.host()["pages"][:N] = pages
         self._pages.upload(runtime.stream)
-        cache, index = self._kv.tensor, self._pages.tensor("pages")
+        cache, index = self._cache, self._pages.tensor("pages")
         program = runtime.program()
         program.add(
             "kv_pages",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ...driver import open_device
@@ -31,9 +32,16 @@ class Runtime:
             raise BackendUnavailableError(f"cuda:{index}", getattr(error, "explanation", str(error))) from error
         about = self.device.properties
         self.props = DeviceProps(about.cc, about.num_sms, about.max_smem_optin)
-        self.workspace = Workspace(self.device)
+        self.stale: list[Callable[[], None]] = []  # close what was recorded before the workspace moved
+        self.workspace = Workspace(self.device, self._workspace_moved)
         self.num_forwards = 0  # passes that have written logits since; only the last one's are still there
         self._smem_nbytes: dict[str, int] = {}  # dynamic shared memory each kernel has opted in to
+
+    def _workspace_moved(self) -> None:
+        with self.device:
+            self.stream.synchronize()  # what is closed may be under way
+        for close_stale in self.stale:
+            close_stale()
 
     def program(self) -> Program:
         """An empty program."""

@@ -82,6 +82,7 @@ class Sampler:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cached: OrderedDict[tuple[int, int, int, bool], Sampling] = OrderedDict()
+        runtime.stale.append(self._close_stale)
 
     def sample(self, rows: Sequence[SampleRow]) -> list[int]:
         """One token per row of logits, all of one forward pass; −1 where the logits hold no number.
@@ -111,15 +112,17 @@ class Sampler:
         num_rows = min(bucket(num_rows), (memory.address + memory.nbytes - base) // (4 * V))
         key = (base, num_rows, V, any(row.sampling.has_penalties for row in rows))
         sampling = self._cached.pop(key, None)
-        if sampling is not None and sampling.generation != self._runtime.workspace.generation:
-            sampling.close()  # it would keep memory that the workspace has left
-            sampling = None
         if sampling is None:
             sampling = Sampling(self._runtime, Tensor(base, (num_rows, V), F32, memory), key[3])
             if len(self._cached) == MAX_CACHED_SAMPLINGS:
                 self._cached.popitem(last=False)[1].close()
         self._cached[key] = sampling
         return sampling
+
+    def _close_stale(self) -> None:
+        generation = self._runtime.workspace.generation
+        for key in [k for k, sampling in self._cached.items() if sampling.generation != generation]:
+            self._cached.pop(key).close()
 
 
 def upload_counts(

@@ -60,6 +60,7 @@ class Steps:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cached: OrderedDict[tuple[int, int, Shape], Step] = OrderedDict()
+        runtime.stale.append(self._close_stale)
 
     def run(self, weights: WeightsHandle, kv: KvCacheHandle, sequences: Sequence[SequenceInput]) -> Tensor | None:
         """Queue the forward pass; row i of the result is for the i-th of the sequences that want logits."""
@@ -113,13 +114,9 @@ class Steps:
         return step.tensors.hidden if shape.hidden else step.tensors.logits
 
     def _step(self, weights: WeightsHandle, kv: KvCacheHandle, shape: Shape) -> Step:
-        """The recorded step for this shape; recorded when new, or when the workspace has moved."""
+        """The recorded step for this shape."""
         key = (id(weights), id(kv), shape)
-        workspace = self._runtime.workspace
         step = self._cached.pop(key, None)
-        if step is not None and step.generation != workspace.generation:
-            step.close()
-            step = None
         if step is None:
             step = self._record(weights, kv, shape)
             if len(self._cached) == MAX_CACHED_STEPS:
@@ -164,6 +161,11 @@ class Steps:
             inputs.close()
             raise
         return Step(program, inputs, tensors, generation)
+
+    def _close_stale(self) -> None:
+        generation = self._runtime.workspace.generation
+        for key in [k for k, step in self._cached.items() if step.generation != generation]:
+            self._cached.pop(key).close()
 
     def forget(self, handle: int) -> None:
         """Close the steps of weights or a cache (its id) that are gone."""
