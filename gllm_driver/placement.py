@@ -10,6 +10,7 @@ from .config import DistillConfig, KvCacheConfig, SwapConfig
 from .engine import Engine, EngineConfig
 from .engine.sharing import KvSharingConfig
 from .errors import RequestError
+from .packed_types import packed_dtype
 from .sched.plan import SchedulerConfig
 from .types import DTYPES, FLOAT_DTYPES
 
@@ -123,7 +124,10 @@ def _weights_nbytes(checkpoint: Checkpoint, backend: Backend, dtype: str) -> int
         wanted = repacked_dtype(tensor.dtype, backend.weight_dtypes, dtype)
         if dtype != "auto" and not wanted.is_quantized:
             wanted = DTYPES[dtype]
-        if wanted is not tensor.dtype or not backend.maps_weights:
+        if not backend.maps_weights:
+            held = packed_dtype(wanted.name) or wanted
+            total += tensor.num_rows * held.row_nbytes(tensor.shape[-1])
+        elif wanted is not tensor.dtype:
             total += tensor.num_rows * wanted.row_nbytes(tensor.shape[-1])
     return total
 

@@ -15,6 +15,7 @@ from ..config import KvCacheConfig
 from ..launch import DeviceProps, launches
 from ..ops import CONTRACTS
 from ..ops.sample import PARAM_WORDS
+from ..packed_types import packed_dtype
 from ..quant.repack import repacked_dtype
 from ..types import DTYPES, F32, I32, I64, DType, Tensor
 from .base import Forward, ModelWeights, StepTensors
@@ -49,9 +50,14 @@ class Sizes:
     num_threads: int = 1
 
 
-def footprint(model: ModelWeights, sizes: Sizes, computed: Collection[str], scratch: Scratch) -> Footprint:
-    """Of a model on a device that computes weights of the types `computed`, its ops with `scratch` memory."""
-    placed = {slot: Tensor(ADDRESS, t.shape, computed_dtype(t, computed)) for slot, t in model.tensors.items()}
+def footprint(
+    model: ModelWeights, sizes: Sizes, computed: Collection[str], scratch: Scratch, *, packs: bool
+) -> Footprint:
+    """Of a model on a device that computes weights of the types `computed`, its ops with `scratch` memory.
+
+    packs: the device holds blocks in packed types.
+    """
+    placed = {slot: Tensor(ADDRESS, t.shape, held_dtype(t, computed, packs)) for slot, t in model.tensors.items()}
     distinct = {model.tensors[slot].address: tensor for slot, tensor in placed.items()}  # tied ones once
     recorded, forward, constants = {**placed, **model.constants}, model.forward, model.constants
     prefill = _workspace(forward, recorded, sizes, min(sizes.chunk, sizes.kv.num_pages * sizes.kv.page_size), scratch)
@@ -60,9 +66,12 @@ def footprint(model: ModelWeights, sizes: Sizes, computed: Collection[str], scra
     return Footprint(weights, sizes.kv.nbytes, max(prefill, decode))
 
 
-def computed_dtype(tensor: Tensor, computed: Collection[str]) -> DType:
-    """What a stored tensor is computed with: vectors in f32, matrices as stored where the device computes that."""
-    return F32 if len(tensor.shape) == 1 else repacked_dtype(tensor.dtype, computed)
+def held_dtype(tensor: Tensor, computed: Collection[str], packs: bool) -> DType:
+    """What a stored tensor is held in: vectors in f32, matrices as stored where the device computes that."""
+    if len(tensor.shape) == 1:
+        return F32
+    wanted = repacked_dtype(tensor.dtype, computed)
+    return (packed_dtype(wanted.name) or wanted) if packs else wanted
 
 
 def _workspace(forward: Forward, weights: Mapping[str, Tensor], sizes: Sizes, T: int, scratch: Scratch) -> int:

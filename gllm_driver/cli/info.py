@@ -117,7 +117,7 @@ def memory(checkpoint: Checkpoint, context: int) -> dict[str, Any]:
     found: dict[str, Any] = {"context_length": context}
     for kind, chunk in (("cpu", CPU_IDLE_CHUNK), ("cuda", CUDA_IDLE_CHUNK)):
         sizes = Sizes(kv, arch.vocab_size, chunk, num_processors())
-        need = footprint(model, sizes, computed_weights()[kind], scratch_of(kind))
+        need = footprint(model, sizes, computed_weights()[kind], scratch_of(kind), packs=kind == "cuda")
         found[kind] = {**asdict(need), "total": need.total}
     return found
 
