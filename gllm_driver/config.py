@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .errors import RequestError
 
-_MAX = 3.4e38  # about the largest number of f32
+_MAX = 3.4e38  # about the largest number of f32, and the smallest one of full precision
+_MIN = 1.2e-38
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SamplingConfig:
         require(self.top_k >= 0, "top_k", "≥ 0 (0 keeps every token)")
         require(0 < self.top_p <= 1, "top_p", "in (0, 1]")
         require(0 <= self.min_p < 1, "min_p", "in [0, 1)")
-        require(0 < self.repetition_penalty <= _MAX, "repetition_penalty", "> 0, and f32 holds it")
+        require(_MIN <= self.repetition_penalty <= _MAX, "repetition_penalty", "> 0, and f32 holds it")
         require(abs(self.presence_penalty) <= _MAX, "presence_penalty", "a number that f32 holds")
         require(abs(self.frequency_penalty) <= _MAX, "frequency_penalty", "a number that f32 holds")
         require(0 <= self.seed < 2**64, "seed", "in 0 … 2**64−1")

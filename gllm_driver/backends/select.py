@@ -50,7 +50,7 @@ def open_backend(
     a choice that was made explicitly never falls back to another device.
     """
     kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdigit())):
+    if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not (index.isascii() and index.isdigit()))):
         raise RequestError(f"unknown device {device!r}: choose auto, cpu, cuda or cuda:N")
     if threads is not None and threads < 1:
         raise RequestError(f"threads must be at least 1, got {threads}")

@@ -17,6 +17,7 @@ from .formats.simple import Q5_0Format, Q5_1Format
 
 CHUNK_ELEMENTS = 1 << 18  # at a time: the trial arrays stay in the cache
 _TRIALS = np.linspace(0.4, 1.0, 9, dtype=np.float32)  # shares of the range between the extremes
+_F16_MAX = np.float32(65_504)
 _SAME_BYTES = {"q8_0": "int8_32", "q4_0": "int4_32", "q4_1": "int4_32m"}
 
 
@@ -52,7 +53,7 @@ class Grid:
             return _f16(s), _f16(m)
         if self.kind == "z":
             s = _f16(s)
-            return s, -s * _f16(-m * reciprocal(s))
+            return s, -s * _f16(np.clip(-m * reciprocal(s), -_F16_MAX, _F16_MAX))
         unit = self._unit
         s = _f16(s / unit) * unit
         return s, -s * np.float32(self.center)
@@ -81,10 +82,13 @@ class Grid:
         s = np.where(free, (sum_w * sum_xu - sum_x * sum_u) * reciprocal(np.where(free, determinant, 1)), 0)
         return s, (sum_x - s * sum_u) * reciprocal(sum_w)
 
-    def extremes(self, x: np.ndarray, share: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-        """s and m that spread the levels over this share of the range of x."""
+    def extremes(self, x: np.ndarray, share: float = 1.0, *, with_zero: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """s and m that spread the levels over this share of the range of x, or of x and 0: that has a zero point
+        always, where values far from 0 and close together have none that f16 holds."""
         if self.kind:
             low, high = x.min(axis=1, keepdims=True), x.max(axis=1, keepdims=True)
+            if with_zero:
+                low, high = np.minimum(low, 0), np.maximum(high, 0)
             margin = (high - low) * ((1 - share) / 2)
             return (high - low) * (share / self.top), low + margin
         if self.bits > 2:  # the lowest level is the far one
@@ -104,21 +108,27 @@ class Grid:
         return np.concatenate([s for s, _ in found]), np.concatenate([m for _, m in found])
 
     def _search(self, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        best = None
+        best: list[np.ndarray] | None = None
+        if self.kind == "z":
+            best = self._candidate(x, weight, *self.extremes(x, with_zero=True))
         for share in _TRIALS:
             s, m = self.extremes(x, share)
             for _ in range(2):
                 s, m = self.least_squares(x, weight, self.round(x, s, m))
-            s, m = self.stored(s, m)
-            off = s * self.round(x, s, m) + m - x
-            error = _dot(weight * off, off)
+            found = self._candidate(x, weight, s, m)
             if best is None:
-                best = [error, s, m]
+                best = found
                 continue
-            better = error < best[0]
-            best = [np.where(better, new, old) for new, old in zip((error, s, m), best, strict=True)]
+            better = found[0] < best[0]
+            best = [np.where(better, new, old) for new, old in zip(found, best, strict=True)]
         assert best is not None
         return best[1], best[2]
+
+    def _candidate(self, x: np.ndarray, weight: np.ndarray, s: np.ndarray, m: np.ndarray) -> list[np.ndarray]:
+        """[weighted squared error, s, m] as a block stores them."""
+        s, m = self.stored(s, m)
+        off = s * self.round(x, s, m) + m - x
+        return [_dot(weight * off, off), s, m]
 
     def pack(self, u: np.ndarray, s: np.ndarray, m: np.ndarray) -> np.ndarray:
         """Blocks u8 [N, block_nbytes] of these u and of `stored` s and m."""

@@ -25,7 +25,7 @@ def half_quadratic(grid: Grid, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _solve(grid: Grid, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ones, size = np.ones_like(x), x.std(axis=1, keepdims=True) + np.float32(1e-30)
-    s, m = grid.stored(*grid.extremes(x))
+    s, m = grid.stored(*grid.extremes(x, with_zero=grid.kind == "z"))
     best_s, best_m, least = s, m, np.full_like(s, np.inf)
     beta = np.float32(_BETA)
     for _ in range(_STEPS):

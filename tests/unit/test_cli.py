@@ -224,6 +224,8 @@ def test_chat(model: FakeModel) -> None:
         ("generate x --context -1", "--context"),
         ("generate x --temperature -1", "temperature must be"),
         ("generate x --temperature nan", "temperature must be"),
+        ("generate x --repetition-penalty 1e-50", "repetition_penalty must be"),
+        ("generate x --device cuda:²", "is none of auto, cpu, cuda, cuda:N"),
         ("generate x --temperature 1e300", "a number ≥ 0 that f32 holds"),
         ("generate x --presence-penalty=-1e300", "presence_penalty must be"),
         ("generate x --top-k -1", "top_k must be"),

@@ -107,6 +107,21 @@ def test_blocks_of_zeros_and_of_one_value(name: str) -> None:
     assert np.isfinite(values).all()
 
 
+@pytest.mark.parametrize("name", ["int8_64z", "int4_64z", "int2_32z"])
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-3])
+def test_values_far_from_zero_and_close_together_have_a_zero_point(name: str, spread: float) -> None:
+    grid = GRIDS[name]
+    rows = (0.5 + spread * np.random.default_rng(0).standard_normal((4, 256))).astype(np.float32)
+    rows[1] *= -1
+    x = rows.reshape(-1, grid.block_size)
+    for s, m in (grid.search(x), half_quadratic(grid, x)):
+        values = FORMATS[name].dequantize(grid.pack(grid.round(x, s, m), s, m).reshape(-1), x.shape)
+        assert np.abs(values - x).max() < 2e-3 + 6 * spread
+    data = gptq(grid, rows, Curvature(INPUTS.T @ INPUTS))
+    values = FORMATS[name].dequantize(data.reshape(-1), rows.shape)
+    assert np.abs(values - rows).max() < 2e-2
+
+
 def test_inputs_that_never_move_are_no_obstacle() -> None:
     inputs = INPUTS[:40].copy()
     inputs[:, 5] = 0
