@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_models import fresh, open_cuda
+from cuda_models import fresh, load_cuda, open_cuda
 from hostsim import session
 
 from gllm_driver.backends.base import ModelWeights
 from gllm_driver.backends.cuda import transfer, upload
 from gllm_driver.backends.cuda.transfer import Span, windows
+from gllm_driver.cli.app import run
+from gllm_driver.cli.info import memory
 from gllm_driver.errors import CapacityError, DriverError, ModelFormatError, OutOfDeviceMemory
+from gllm_driver.llm import demo_model_path
+from gllm_driver.loaders.open import open_checkpoint
 from gllm_driver.packed_types import packed_dtype
+from gllm_driver.placement import _weights_nbytes
 from gllm_driver.quant.packed import pack
 from gllm_driver.types import DTYPES, Tensor
 
@@ -254,3 +260,17 @@ def test_windows_cover_everything_once() -> None:
         for span in spans:
             expected[span.at : span.at + span.nbytes] = bytes((span.source + i) % 251 for i in range(span.nbytes))
         assert found == expected
+
+
+@pytest.mark.parametrize("type_name", ["q6_k", "q4_k", "q8_0"])
+def test_planning_counts_packed_weights_as_they_are_held(type_name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    assert run(["quantize", str(demo_model_path()), str(path), "--type", type_name]) == 0
+    checkpoint = open_checkpoint(path)
+    with load_cuda(path, context_length=64) as llm:
+        held = {t.address: t for t in llm._engine.weights.tensors.values()}.values()
+        assert memory(checkpoint, 64)["cuda"]["weights"] == sum(t.nbytes for t in held)
+        stored = {slot for slot in checkpoint.tensors if slot in llm._engine.weights.tensors}
+        matrices = sum(t.nbytes for t in held if t.dtype.name.startswith("p"))
+        vectors = sum(checkpoint.tensors[slot].nbytes for slot in stored if len(checkpoint.tensors[slot].shape) == 1)
+        assert _weights_nbytes(checkpoint, llm._backend, "auto") == matrices + vectors
