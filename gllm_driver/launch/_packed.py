@@ -130,7 +130,11 @@ def _gemv(op: str, bits: int, T: int, K: int, tiles: int, device: DeviceProps, w
     blocks = 2 if 2 * (min(whole, limit) + 2048) <= device.max_smem_optin + 1024 else 1
     grid = ceil_div(tiles, ceil_div(tiles, device.num_sms * blocks))
     smem_nbytes = whole
-    if whole > limit:  # panel after panel: sums of the block's tiles wait in shared memory
+    if (
+        whole > limit
+    ):  # panel after panel: sums of the block's tiles wait in shared memory, so they must not be too many
+        room = device.max_smem_optin - STATIC_NBYTES - ring - each
+        grid = max(grid, ceil_div(tiles, max(1, room // part)))
         kept = ceil_div(tiles, grid) * part
         smem_nbytes = ring + kept + max(1, (limit - ring - kept) // each) * each
     return Launch(f"{op}__gemv_q{bits}", (grid, 1, 1), (THREADS, 1, 1), smem_nbytes, workspace_nbytes, overlaps=True)

@@ -66,7 +66,8 @@ def test_devices_for_which_there_are_no_tensor_core_kernels(cc: str, name: str) 
 
 
 def compare_with_the_cpu(name: str, **options: Any) -> None:
-    """Logits within the type's rounding; greedy and drawn tokens equal, or (half types) chosen on a near tie."""
+    """Logits within the type's rounding; greedy and drawn tokens equal, or (other types than f32) greedy ones chosen on a
+    near tie and drawn ones equal at first, but of blocks, whose CPU products round activations."""
     path, row, kind = open_tiny(name)
     prompt = tiny_models.prompt(row)
     with load_cuda(path, context_length=CONTEXT, **options) as llm:
@@ -94,6 +95,9 @@ def compare_with_the_cpu(name: str, **options: Any) -> None:
     ranks = np.sort(own, -1)
     if (ranks[:, -1] - ranks[:, -2]).min() > 2 * cpu_bound:  # no near tie on the way
         assert greedy == expected_greedy
+    if kind in ("f16", "bf16"):  # a draw may tip over where probabilities differ; what was drawn before is the same
+        same = next((i for i in range(len(drawn)) if drawn[i] != expected_drawn[i]), len(drawn))
+        assert same >= 3, f"drawn {drawn}, on the CPU {expected_drawn}"
 
 
 def test_the_demonstration_model_says_what_it_says_on_the_cpu() -> None:

@@ -127,6 +127,10 @@ class HostKernels:
         address += -address % 256
         counters = np.zeros(1 + max((launch.num_counters for launch in todo), default=0), np.int32)
         for launch in todo:
+            if launch.smem_nbytes > device.max_smem_optin:
+                raise KernelFailedError(
+                    f"{launch.symbol}: {launch.smem_nbytes} bytes of shared memory, {device.max_smem_optin} at most"
+                )
             params = launch.params(args, address, counters.ctypes.data, encode_tensor_map)
             self.launch(launch.symbol, launch.grid, launch.block, launch.smem_nbytes, *params)
         if counters.any():

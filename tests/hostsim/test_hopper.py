@@ -50,7 +50,7 @@ def test_a_kernel_without_bugs(kernels: HostKernels, order: str) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("no_wait", "."),
+        ("no_wait", "more arrivals in a phase than the 1"),
         ("no_fence", "wgmma without a wgmma_fence"),
         ("half_ask", "threads of a warpgroup ask for different products|only 64 of 128 threads"),
         ("too_many_arrivals", "more arrivals in a phase than the 1"),

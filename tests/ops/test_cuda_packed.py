@@ -79,6 +79,12 @@ def test_activations_too_long_for_shared_memory_are_done_in_panels(name: str) ->
         assert (np.abs(out - exact) <= slack).all(), T
 
 
+def test_more_blocks_where_sums_of_one_would_not_fit() -> None:
+    device = DeviceProps(cc=(8, 6), num_sms=1, max_smem_optin=99 << 10)
+    out, exact, slack = product("p8_32", 8, 4096, 480, device)
+    assert (np.abs(out - exact) <= slack).all()
+
+
 def test_the_widest_row_needs_panels_where_memory_is_short() -> None:
     tensors = {
         "x": Tensor(256, (4, 12_288), DTYPES["f32"]),

@@ -234,11 +234,26 @@ def test_few_tokens_take_one_launch_that_fills_the_device() -> None:
             assert launch.overlaps
 
 
-def test_shared_memory_of_any_launch_fits_the_smallest_device() -> None:
+DEVICES = (
+    SMALLEST,
+    DeviceProps(cc=(8, 6), num_sms=82, max_smem_optin=99 << 10),
+    DeviceProps(cc=(8, 9), num_sms=128, max_smem_optin=99 << 10),
+    DeviceProps(cc=(8, 0), num_sms=108, max_smem_optin=163 << 10),
+    DeviceProps(cc=(8, 7), num_sms=16, max_smem_optin=163 << 10),
+    H200_LIKE,
+)
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: f"{d.num_sms} SMs")
+def test_shared_memory_of_any_launch_fits_the_device(device: DeviceProps) -> None:
+    """With rows from those of a projection to those of the largest vocabularies."""
+    static = packed.STATIC_NBYTES
     for dtype in ("f16", "bf16", *PACKED_DTYPES):
         for T in (*range(1, 18), 64, 4096):
-            for K in (128, 4096, 28_672):
-                assert all(launch.smem_nbytes <= 99 << 10 for launch in of_linear(dtype, T, K, 4096, device=SMALLEST))
+            for K in (128, 1024, 4096, 28_672):
+                for N in (4096, 28_672, 151_936, 262_144):
+                    for launch in of_linear(dtype, T, K, N, device=device):
+                        assert launch.smem_nbytes + static * ("q" in launch.symbol) <= device.max_smem_optin
 
 
 def test_what_tensor_cores_cannot_take_goes_to_the_plain_kernel() -> None:
