@@ -66,8 +66,8 @@ def test_devices_for_which_there_are_no_tensor_core_kernels(cc: str, name: str) 
 
 
 def compare_with_the_cpu(name: str, **options: Any) -> None:
-    """Logits within the type's rounding; greedy and drawn tokens equal, or (other types than f32) greedy ones chosen on a
-    near tie and drawn ones equal at first, but of blocks, whose CPU products round activations."""
+    """Logits within the type's rounding; greedy and drawn tokens equal. Of other types than f32, greedy ones may be
+    chosen on a near tie, and drawn ones are equal at first, but for blocks: there the CPU rounds activations."""
     path, row, kind = open_tiny(name)
     prompt = tiny_models.prompt(row)
     with load_cuda(path, context_length=CONTEXT, **options) as llm:

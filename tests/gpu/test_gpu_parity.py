@@ -47,7 +47,7 @@ def parameters() -> Iterator[Any]:
                 index += 1
 
 
-@pytest.mark.parametrize(("op", "case", "storage", "index"), parameters())
+@pytest.mark.parametrize(("op", "case", "storage", "index"), list(parameters()))
 def test_parity(op: str, case: Case, storage: Storage, index: int) -> None:
     shift = index % 2 * (1 + index % 7)  # every other one at alignments no better than an element's
     run_case(contract_for(op, case, storage), case, storage, runner(), shift, activations_for(op, storage))
@@ -56,7 +56,7 @@ def test_parity(op: str, case: Case, storage: Storage, index: int) -> None:
 PRODUCTS = ("linear", "fused_gate_up_silu", "fused_qkv_rope")
 
 
-@pytest.mark.parametrize(("op", "case", "storage", "index"), (p for p in parameters() if p.values[0] in PRODUCTS))
+@pytest.mark.parametrize(("op", "case", "storage", "index"), [p for p in parameters() if p.values[0] in PRODUCTS])
 def test_products_in_default_mode(op: str, case: Case, storage: Storage, index: int) -> None:
     """Few tokens have kernels of their own there, which want aligned memory."""
     held_to, by = contract_for(op, case, storage), runner(deterministic=False)
