@@ -45,13 +45,13 @@ def test_an_interrupt_while_workers_are_woken_leaves_none_behind(monkeypatch: py
     team = Team(3)
     program, x, out = norm_program(team)
     expected = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-6)
-    for pause in (0.0, 0.02, 0.02):
-        time.sleep(pause)
+    for _ in range(3):
+        while not team._state["parked"][1:3].all():  # until the workers sleep, so that they are woken
+            time.sleep(0.001)
         with monkeypatch.context() as patch:
             patch.setattr("cpu_backend.team._wake", Mock(side_effect=KeyboardInterrupt))
-            if pause:  # the workers sleep, so they are woken
-                with pytest.raises(KeyboardInterrupt):
-                    program.run()
+            with pytest.raises(KeyboardInterrupt):
+                program.run()
         for _ in range(20):
             out[:] = np.nan
             program.run()
