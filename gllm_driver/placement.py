@@ -10,9 +10,8 @@ from .config import DistillConfig, KvCacheConfig, SwapConfig
 from .engine import Engine, EngineConfig
 from .engine.sharing import KvSharingConfig
 from .errors import RequestError
-from .packed_types import packed_dtype
 from .sched.plan import SchedulerConfig
-from .types import DTYPES, FLOAT_DTYPES
+from .types import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     from .backends.base import Backend, ModelWeights
@@ -116,19 +115,14 @@ def default_kv_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _weights_nbytes(checkpoint: Checkpoint, backend: Backend, dtype: str) -> int:
-    """Bytes of the backend's memory that the weights take, as they are computed with."""
-    from .quant.repack import repacked_dtype
+    """Bytes of the backend's memory that the weights take, as they are held."""
+    from .backends.footprint import held_dtype
 
     total = 0
     for tensor in {t.address: t for t in checkpoint.tensors.values()}.values():  # tied ones once
-        wanted = repacked_dtype(tensor.dtype, backend.weight_dtypes, dtype)
-        if dtype != "auto" and not wanted.is_quantized:
-            wanted = DTYPES[dtype]
-        if not backend.maps_weights:
-            held = packed_dtype(wanted.name) or wanted
+        held = held_dtype(tensor, backend.weight_dtypes, not backend.maps_weights, dtype)
+        if held is not tensor.dtype or not backend.maps_weights:
             total += tensor.num_rows * held.row_nbytes(tensor.shape[-1])
-        elif wanted is not tensor.dtype:
-            total += tensor.num_rows * wanted.row_nbytes(tensor.shape[-1])
     return total
 
 

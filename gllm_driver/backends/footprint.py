@@ -66,11 +66,16 @@ def footprint(
     return Footprint(weights, sizes.kv.nbytes, max(prefill, decode))
 
 
-def held_dtype(tensor: Tensor, computed: Collection[str], packs: bool) -> DType:
-    """What a stored tensor is held in: vectors in f32, matrices as stored where the device computes that."""
+def held_dtype(tensor: Tensor, computed: Collection[str], packs: bool, dtype: str = "auto") -> DType:
+    """What a stored tensor is held in: vectors in f32, matrices as stored where the device computes that.
+
+    dtype: of floats, as in `load`.
+    """
     if len(tensor.shape) == 1:
         return F32
-    wanted = repacked_dtype(tensor.dtype, computed)
+    wanted = repacked_dtype(tensor.dtype, computed, dtype)
+    if dtype != "auto" and not wanted.is_quantized:
+        wanted = DTYPES[dtype]
     return (packed_dtype(wanted.name) or wanted) if packs else wanted
 
 

@@ -70,7 +70,7 @@ class Outcomes:
         try:  # in one line, so that an interrupt hardly ever strikes between the telling and the counting
             sequence.has_enough, sequence.num_observed = on_token(token), sequence.num_observed + 1
         except Exception as error:
-            sequence.num_observed += 1
+            sequence.num_observed += 1  # whoever fails is not told the same again
             if not isinstance(error, GllmError):
                 raise
             self.end(sequence, "error", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -45,9 +46,9 @@ def sequence(pages: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [2, 4, 8])
 @pytest.mark.parametrize("method", ["tokens", "layers"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_sinks_and_tail_keep_their_bits(ratio: int, method: str, dtype: type) -> None:
+def test_sinks_and_tail_keep_their_bits(ratio: int, method: Literal["tokens", "layers"], dtype: type) -> None:
     pages = random_pages(21, dtype)
-    distilled = distill_kv_pages(pages, ratio, method, sinks=5, window=9, num_tokens=82, rope=ROPE)  # type: ignore[arg-type]
+    distilled = distill_kv_pages(pages, ratio, method, sinks=5, window=9, num_tokens=82, rope=ROPE)
     restored = distilled.restored()
     start, stop = exact_bounds(82, P, 5, 9)
     assert (start, stop) == (2, 18)

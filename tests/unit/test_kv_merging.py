@@ -44,6 +44,15 @@ def world_of(num_pages: int, ratio: int, num_slots: int = 32) -> tuple[World, Fi
     return merger.world, merger
 
 
+def idle_world(num_pages: int, ratio: int, num_slots: int = 32) -> tuple[World, FirstOfWindow]:
+    """The same with sequence 1 of TOKENS, computed and idle for so long that it may leave."""
+    world, merger = world_of(num_pages, ratio, num_slots)
+    world.open(1, TOKENS)
+    world.compute(1, len(TOKENS))
+    world.now += 5
+    return world, merger
+
+
 def contents(world: World, seq_id: int) -> list[int]:
     return world.device[list(world.kv.pages(seq_id))].reshape(-1).tolist()
 
@@ -79,10 +88,7 @@ def test_a_sequence_goes_on_with_fewer_pages(ratio: int) -> None:
 
 
 def test_merged_pages_leave_and_come_back() -> None:
-    world, _ = world_of(16, 4)
-    world.open(1, TOKENS)
-    world.compute(1, len(TOKENS))
-    world.now += 5
+    world, _ = idle_world(16, 4)
     assert world.kv.swap_out(1)
     assert world.kv.swap_out(1)  # nothing is left to merge: now it goes
     assert not world.kv.is_resident(1)
@@ -94,10 +100,7 @@ def test_merged_pages_leave_and_come_back() -> None:
 
 
 def test_pressure_merges_before_it_swaps() -> None:
-    world, _ = world_of(12, 4)
-    world.open(1, TOKENS)
-    world.compute(1, len(TOKENS))
-    world.now += 5
+    world, _ = idle_world(12, 4)
     world.open(2, [-token - 1 for token in TOKENS])
     assert world.compute(2, 4 * PAGE)
     assert world.kv.is_resident(1)
@@ -107,10 +110,7 @@ def test_pressure_merges_before_it_swaps() -> None:
 
 
 def test_others_find_exact_pages_or_none() -> None:
-    world, _ = world_of(32, 2)
-    world.open(1, TOKENS)
-    world.compute(1, len(TOKENS))
-    world.now += 5
+    world, _ = idle_world(32, 2)
     assert world.kv.swap_out(1)
     found = world.open(2, TOKENS)
     pages = world.kv.pages(2)
@@ -133,10 +133,7 @@ def test_shared_pages_stay_as_they_are() -> None:
 
 
 def test_a_read_that_fails_changes_nothing() -> None:
-    world, merger = world_of(16, 2)
-    world.open(1, TOKENS)
-    world.compute(1, len(TOKENS))
-    world.now += 5
+    world, merger = idle_world(16, 2)
     merger.fails = "read"
     with pytest.raises(BackendError, match="injected"):
         world.kv.swap_out(1)
@@ -144,10 +141,7 @@ def test_a_read_that_fails_changes_nothing() -> None:
 
 
 def test_after_a_write_that_fails_the_sequence_is_computed_again() -> None:
-    world, merger = world_of(16, 2)
-    world.open(1, TOKENS)
-    world.compute(1, len(TOKENS))
-    world.now += 5
+    world, merger = idle_world(16, 2)
     merger.fails = "write"
     with pytest.raises(BackendError, match="injected"):
         world.kv.swap_out(1)

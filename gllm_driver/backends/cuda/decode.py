@@ -175,7 +175,7 @@ class DecoderPool:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._idle: OrderedDict[int, Decoder] = OrderedDict()  # by id, the one idle longest first
-        runtime.stale.append(self._close_stale)
+        runtime.recorded.append(self._idle)
 
     def take(
         self, weights: WeightsHandle, kv: KvCacheHandle, num_rows: int, num_pages: int, has_penalties: bool
@@ -191,16 +191,12 @@ class DecoderPool:
 
     def give_back(self, decoder: Decoder) -> None:
         """`decoder` serves no loop any more; a step under way may finish."""
-        self._idle[id(decoder)] = decoder
         if decoder.generation != self._runtime.workspace.generation:
-            self._close_stale()
+            decoder.close()  # it would keep memory that the workspace has left
+            return
+        self._idle[id(decoder)] = decoder
         while len(self._idle) > MAX_IDLE_DECODERS:
             self._idle.popitem(last=False)[1].close()
-
-    def _close_stale(self) -> None:
-        generation = self._runtime.workspace.generation
-        for decoder in [d for d in self._idle.values() if d.generation != generation]:
-            self._idle.pop(id(decoder)).close()
 
     def forget(self, handle: int) -> None:
         """Close the idle decoders of weights or a cache (its id) that are gone."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 from ...driver import open_device
 from ...driver.launch import Function
@@ -32,7 +33,8 @@ class Runtime:
             raise BackendUnavailableError(f"cuda:{index}", getattr(error, "explanation", str(error))) from error
         about = self.device.properties
         self.props = DeviceProps(about.cc, about.num_sms, about.max_smem_optin)
-        self.stale: list[Callable[[], None]] = []  # close what was recorded before the workspace moved
+        # Programs that are kept, with the `generation` of the workspace they were recorded in; closed when it moves.
+        self.recorded: list[MutableMapping[Any, Any]] = []
         self.workspace = Workspace(self.device, self._workspace_moved)
         self.num_forwards = 0  # passes that have written logits since; only the last one's are still there
         self._smem_nbytes: dict[str, int] = {}  # dynamic shared memory each kernel has opted in to
@@ -40,8 +42,9 @@ class Runtime:
     def _workspace_moved(self) -> None:
         with self.device:
             self.stream.synchronize()  # what is closed may be under way
-        for close_stale in self.stale:
-            close_stale()
+        for cached in self.recorded:
+            for key in [k for k, v in cached.items() if v.generation != self.workspace.generation]:
+                cached.pop(key).close()
 
     def program(self) -> Program:
         """An empty program."""

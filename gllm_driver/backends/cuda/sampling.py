@@ -82,7 +82,7 @@ class Sampler:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cached: OrderedDict[tuple[int, int, int, bool], Sampling] = OrderedDict()
-        runtime.stale.append(self._close_stale)
+        runtime.recorded.append(self._cached)
 
     def sample(self, rows: Sequence[SampleRow]) -> list[int]:
         """One token per row of logits, all of one forward pass; −1 where the logits hold no number.
@@ -118,11 +118,6 @@ class Sampler:
                 self._cached.popitem(last=False)[1].close()
         self._cached[key] = sampling
         return sampling
-
-    def _close_stale(self) -> None:
-        generation = self._runtime.workspace.generation
-        for key in [k for k, sampling in self._cached.items() if sampling.generation != generation]:
-            self._cached.pop(key).close()
 
 
 def upload_counts(

@@ -60,7 +60,7 @@ class Steps:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._cached: OrderedDict[tuple[int, int, Shape], Step] = OrderedDict()
-        runtime.stale.append(self._close_stale)
+        runtime.recorded.append(self._cached)
 
     def run(self, weights: WeightsHandle, kv: KvCacheHandle, sequences: Sequence[SequenceInput]) -> Tensor | None:
         """Queue the forward pass; row i of the result is for the i-th of the sequences that want logits."""
@@ -161,11 +161,6 @@ class Steps:
             inputs.close()
             raise
         return Step(program, inputs, tensors, generation)
-
-    def _close_stale(self) -> None:
-        generation = self._runtime.workspace.generation
-        for key in [k for k, step in self._cached.items() if step.generation != generation]:
-            self._cached.pop(key).close()
 
     def forget(self, handle: int) -> None:
         """Close the steps of weights or a cache (its id) that are gone."""
