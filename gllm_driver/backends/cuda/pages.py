@@ -112,4 +112,5 @@ class PageCopies:
         for pinned in self._pinned:
             pinned.free()
         if hasattr(self, "_threads"):
-            self._threads.shutdown()
+            # Idle by now. No waiting: the garbage collector may call this in the middle of a thread's start.
+            self._threads.shutdown(wait=False)

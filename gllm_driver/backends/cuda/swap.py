@@ -73,7 +73,8 @@ class SwapSpace:
         self._stream = device.stream()
         self._steps_done = device.event()
         self._idle_events: list[Event] = []
-        self._lock = threading.Lock()  # of the two below: any thread may ask for the counters
+        # Of the two below: any thread may ask for the counters. Re-entrant: the garbage collector may close this then.
+        self._lock = threading.RLock()
         self._moves: deque[_Move] = deque()  # oldest first
         self._stats = SwapStats()
         self._spaces = [] if spaces is None else spaces
